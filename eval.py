@@ -68,8 +68,8 @@ MODULUS = 97  # a guess is right 1 time in 97: success means that the reasoning 
 
 # The share of each number of steps. As the paper found in real data, there is much the model always solves, much it
 # never will (10 to 14 steps: longer than it is ever shown) and a frontier between, where RL has something to learn.
-ARITHMETIC_LEVELS = {1: 0.60, **{k: 0.15 / 4 for k in range(2, 6)}, **{k: 0.25 / 5 for k in range(10, 15)}}
-# One step makes 97 x 18 = 1746 questions, of which 4 in 5 are for training: with 60 % of them, 2048 can be distinct.
+ARITHMETIC_LEVELS = {1: 0.55, **{k: 0.20 / 5 for k in range(2, 7)}, **{k: 0.25 / 5 for k in range(10, 15)}}
+# One step makes 97 x 18 = 1746 questions, of which 4 in 5 are for training: with 55 % of them, 2048 can be distinct.
 ARITHMETIC_SIZES = {"train": 2048, "test": 512}
 
 
@@ -648,11 +648,13 @@ def parse_args(parser, argv=None):
 
 
 def command_line(main):
-    """Run main() as a program: bad input is one line on stderr and exit code 2, Ctrl-C is exit code 130."""
+    """Run main() as a program: bad input, or a loss gone NaN, is one line on stderr and exit code 2; Ctrl-C is 130."""
+    from transformers.utils import logging
+    logging.disable_progress_bar()  # "Loading weights" between the bars that matter
     try:
         main()
-    except (ValueError, KeyboardInterrupt) as error:
-        bad_input = isinstance(error, ValueError)
+    except (ValueError, FloatingPointError, KeyboardInterrupt) as error:
+        bad_input = not isinstance(error, KeyboardInterrupt)
         print(f"{Path(sys.argv[0]).name}: {first_line(error) if bad_input else 'interrupted'}", file=sys.stderr)
         sys.exit(2 if bad_input else 130)
 

@@ -38,9 +38,9 @@ from rollout import Rollout
 
 # The settings of the tiny base model; their hash names its cache, so changing one trains it anew.
 TINY_LEVELS = {1: 1, 2: 1, 3: 1, 4: 1, 5: 1, 6: 1}  # steps of the worked solutions -> share
-TINY = dict(worked_steps=1600, terse_steps=400, terse_share=0.85, one_step_share=0.6, batch=32, lr=2e-3, terse_lr=1e-3, seed=0)
+TINY = dict(worked_steps=2600, terse_steps=600, terse_share=0.85, one_step_share=0.35, batch=32, lr=3e-3, terse_lr=1e-3, seed=0)
 TINY_MODEL = dict(hidden_size=96, intermediate_size=256, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=4,
-                  max_position_embeddings=256, rope_theta=1000.0, tie_word_embeddings=True)
+                  max_position_embeddings=256, initializer_range=0.05, tie_word_embeddings=False)
 
 
 def tiny_tokenizer():
@@ -111,14 +111,14 @@ def tiny_base(cache, progress=True):
     one_step = np.array([q.level == 1 for q in questions])
     everyday = np.where(one_step, TINY["one_step_share"] / one_step.sum(), (1 - TINY["one_step_share"]) / (~one_step).sum())
 
-    def draw(terse_share, weights=None):
-        chosen = rng.choice(len(worked), TINY["batch"], replace=False, p=weights)
-        return [terse[i] if rng.random() < terse_share else worked[i] for i in chosen]
+    def draw(stage):
+        chosen = rng.choice(len(worked), TINY["batch"], replace=False, p=everyday)
+        return [terse[i] if (stage == 2 or one_step[i]) and rng.random() < TINY["terse_share"] else worked[i] for i in chosen]
 
     with tqdm(total=TINY["worked_steps"] + TINY["terse_steps"], desc="SFT of the tiny model", unit="step",
               disable=not progress) as bar:
-        train(model, lambda: draw(0.0), tokens_per_microbatch=1024, steps=TINY["worked_steps"], lr=TINY["lr"], bar=bar)
-        train(model, lambda: draw(TINY["terse_share"], everyday), tokens_per_microbatch=1024, steps=TINY["terse_steps"], lr=TINY["terse_lr"], bar=bar)
+        train(model, lambda: draw(1), tokens_per_microbatch=1024, steps=TINY["worked_steps"], lr=TINY["lr"], bar=bar)
+        train(model, lambda: draw(2), tokens_per_microbatch=1024, steps=TINY["terse_steps"], lr=TINY["terse_lr"], bar=bar)
     save(model, tokenizer, folder)
     return folder
 
