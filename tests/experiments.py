@@ -1,0 +1,218 @@
+"""The README's experiments on the arithmetic task, each one command; runs that are already there are not run again.
+
+    python tests/experiments.py tune          # uniform's learning rate, chosen before the curricula are compared
+    python tests/experiments.py curricula     # uniform, its compute-matched forms, sfl, lilo, posterior; ppo and grpo
+    python tests/experiments.py credit        # ppo, vineppo and grpo on the same curriculum
+    python tests/experiments.py theory        # improvement after one small step on a question against its learnability
+
+An arm's runs differ in --seed alone. The goal is the final accuracy of the first arm (mean of its seeds over the last three
+evaluations); what an arm needed is read where the mean of three evaluations in a row first reaches it. Tokens and seconds
+count everything but evaluation: scoring, rollouts, credit, update. Tables go to stdout, figures to --out.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+import eval as evaluation  # noqa: E402
+
+EVERY = ["--eval_every", "2", "--save_every", "1000000"]
+CURRICULA = {
+    "uniform": ["--curriculum", "uniform"],
+    "uniform, 4x questions": ["--curriculum", "uniform", "--questions", "128", "--minibatch", "1024"],
+    "uniform, 4x rollouts": ["--curriculum", "uniform", "--rollouts", "32", "--minibatch", "1024"],
+    "sfl": ["--curriculum", "sfl"],
+    "lilo": ["--curriculum", "lilo"],
+    "posterior": ["--curriculum", "posterior"],
+}
+
+
+def execute(jobs, workers):
+    """jobs: {folder: flags of sfl.py}. Runs those that are not complete, `workers` at a time, a thread each."""
+    def one(folder, flags):
+        if (folder / "evaluation.json").exists() and "after" in json.loads((folder / "evaluation.json").read_text()):
+            return
+        how = ["--resume", str(folder)] if (folder / "config.json").exists() else ["--out", str(folder), *EVERY, *flags]
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with open(f"{folder}.log", "w") as log:
+            done = subprocess.run([sys.executable, str(ROOT / "sfl.py"), *how], stdout=log, stderr=subprocess.STDOUT,
+                                  env=os.environ | {"OMP_NUM_THREADS": "1"})
+        print(f"{'done' if done.returncode == 0 else 'FAILED: see ' + log.name}  {folder}", flush=True)
+    with ThreadPoolExecutor(workers) as pool:
+        for result in [pool.submit(one, folder, flags) for folder, flags in jobs.items()]:
+            result.result()
+
+
+def curve(folder):
+    """Evaluations of a run, the starting model's first: arrays iteration, tokens, seconds, accuracy."""
+    before = json.loads((folder / "evaluation.json").read_text())["before"]["greedy"]["accuracy"]
+    rows = [row for row in evaluation.read_run(folder) if row.get("eval_accuracy") is not None]
+    return {"iteration": np.array([0] + [row["iteration"] for row in rows]),
+            "tokens": np.array([0] + [row["tokens"] for row in rows]),
+            "seconds": np.array([0] + [row["seconds"] for row in rows]),
+            "accuracy": np.array([before] + [row["eval_accuracy"] for row in rows]),
+            "learnable": np.mean([row["learnable"] for row in evaluation.read_run(folder)])}
+
+
+def smooth(accuracy):
+    return np.array([accuracy[max(0, i - 1) : i + 2].mean() for i in range(len(accuracy))])
+
+
+def reached(run, goal, what):
+    """What the run had spent when its smoothed accuracy first reached the goal; None if it never did."""
+    hits = np.flatnonzero(smooth(run["accuracy"]) >= goal)
+    return run[what][hits[0]] if len(hits) else None
+
+
+def spread(values, digits=0):
+    """'mean +- sample sd', and how many seeds got there at all."""
+    there = [v for v in values if v is not None]
+    if not there:
+        return "never"
+    sd = np.std(there, ddof=1) if len(there) > 1 else float("nan")
+    text = f"{np.mean(there):.{digits}f} ± {sd:.{digits}f}"
+    return text if len(there) == len(values) else f"{text} ({len(there)}/{len(values)})"
+
+
+def compare(title, arms, out):
+    """arms: {name: [run folder, ...]}. Prints a Markdown table; draws accuracy against iterations, tokens and seconds."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    runs = {name: [curve(folder) for folder in folders] for name, folders in arms.items()}
+    first = next(iter(runs.values()))
+    goal = np.mean([run["accuracy"][-3:].mean() for run in first])
+    print(f"\n{title}: {len(first)} seeds; goal {goal:.3f}, the final accuracy of `{next(iter(runs))}`\n")
+    print("| arm | final accuracy | iterations to the goal | 1,000 tokens | seconds | learnable in the batch |\n|---|---|---|---|---|---|")
+    for name, group in runs.items():
+        final = spread([run["accuracy"][-3:].mean() for run in group], 3)
+        needed = [spread([reached(run, goal, what) for run in group]) for what in ("iteration",)]
+        tokens = [None if (t := reached(run, goal, "tokens")) is None else t / 1000 for run in group]
+        seconds = spread([reached(run, goal, "seconds") for run in group])
+        print(f"| {name} | {final} | {needed[0]} | {spread(tokens)} | {seconds} | {np.mean([run['learnable'] for run in group]):.0%} |")
+    figure, axes = plt.subplots(1, 3, figsize=(11, 3.4), sharey=True)
+    for ax, what, scale in zip(axes, ("iteration", "tokens", "seconds"), (1, 1e-3, 1)):
+        for color, (name, group) in zip(evaluation.COLORS, runs.items()):
+            length = min(len(run["accuracy"]) for run in group)
+            x = np.mean([run[what][:length] for run in group], 0) * scale
+            y = np.array([smooth(run["accuracy"])[:length] for run in group])
+            ax.plot(x, y.mean(0), color=color, label=name, linewidth=1.8)
+            ax.fill_between(x, y.min(0), y.max(0), color=color, alpha=0.15, linewidth=0)
+        ax.axhline(goal, color="#999999", linewidth=0.8, linestyle=":")
+        ax.set_xlabel({"iteration": "iteration", "tokens": "1,000 tokens generated, scoring included", "seconds": "seconds"}[what])
+        ax.spines[["top", "right"]].set_visible(False)
+    axes[0].set_ylabel("held-out accuracy")
+    axes[0].legend(frameon=False, fontsize=8)
+    figure.suptitle(f"{title} (mean and range of {len(first)} seeds)", fontsize=10)
+    figure.tight_layout()
+    Path(out).parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(out, dpi=140)
+    print(f"\nwrote {out}")
+
+
+def theory(model, out, questions=96, rollouts=512, lr=0.02, seed=0):
+    """LILO's theorem on real steps. From one checkpoint, for each question alone: the policy gradient of its success from
+    `rollouts` responses, one small step of plain gradient ascent, and the change of its success, measured on as many other
+    responses drawn before the step: E[(ratio - 1)(R - p)], ratio = new / old probability of the response (its
+    expectation is the exact change, and it has far less variance than counting successes again)."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    import torch
+    from tqdm import tqdm
+
+    import ppo
+    import sfl
+    from rollout import generate
+    policy, tokenizer = evaluation.load_model(model)
+    pool = evaluation.load_questions("arithmetic", "train", limit=600, seed=seed)
+    prompts, stops = evaluation.encode_prompts(tokenizer, pool), evaluation.stop_ids(policy, tokenizer)
+
+    def attempt(indices, n, seed):
+        groups = generate(policy, [prompts[i] for i in indices], n=n, max_new_tokens=96, stop_ids=stops, seed=seed)
+        return groups, evaluation.rewards(tokenizer, [pool[i] for i in indices], groups)
+    score = sfl.learnability(attempt(range(len(pool)), 16, seed)[1].sum(1), 16)
+    order = np.argsort(score)  # evenly over the range of learnability, not over the questions, most of which have none
+    chosen = order[np.unique(np.searchsorted(score[order], np.linspace(0, score.max(), questions)).clip(max=len(order) - 1))]
+    weights = [p.detach().clone() for p in policy.parameters()]
+    x, y = [], []
+    for number, i in enumerate(tqdm(chosen, desc="theory", unit="question")):
+        (group, other), rewards = zip(*((g[0], r[0]) for g, r in (attempt([i], rollouts, seed + 1 + 2 * number + k) for k in (0, 1))))
+        p = np.concatenate(rewards).mean()
+        policy.zero_grad()
+        for part in ppo.microbatches(group, 4096):
+            logprob = torch.stack([piece.sum() for piece in ppo.response_logprobs(policy, [group[j] for j in part], 1.0).split(
+                [len(group[j].response) for j in part])])
+            advantage = torch.tensor(rewards[0][part] - rewards[0].mean())
+            (-(advantage * logprob).sum() / rollouts).backward()
+        old = torch.stack([v.sum() for v in ppo.rollout_logprobs(policy, other)])
+        with torch.no_grad():
+            for weight in policy.parameters():
+                weight -= lr * weight.grad
+        new = torch.stack([v.sum() for v in ppo.rollout_logprobs(policy, other)])
+        y.append(float((((new - old).exp() - 1) * torch.tensor(rewards[1] - rewards[1].mean())).mean()))
+        x.append(p * (1 - p))
+        with torch.no_grad():
+            for weight, start in zip(policy.parameters(), weights):
+                weight.copy_(start)
+    x, y = np.array(x), np.array(y)
+    slope, r = (x @ y) / (x @ x), np.corrcoef(x, y)[0, 1]
+    low, high = np.percentile([np.corrcoef(x[pick], y[pick])[0, 1] for pick in np.random.default_rng(0).integers(0, len(x), (2000, len(x)))],
+                              [2.5, 97.5])
+    print(f"{len(x)} questions, {rollouts} + {rollouts} responses each, step {lr}: correlation of the improvement with p(1 - p) {r:.3f} "
+          f"(95% bootstrap {low:.3f} to {high:.3f}); line through the origin {slope:.4f}")
+    figure, ax = plt.subplots(figsize=(4.6, 3.6))
+    ax.scatter(x, y, s=14, color="#0072B2")
+    ax.plot([0, 0.25], [0, 0.25 * slope], color="#D55E00", linewidth=1.2)
+    ax.set(xlabel="learnability p(1 - p) before the step", ylabel="improvement in p", title=f"one step on one question, r = {r:.2f}")
+    ax.spines[["top", "right"]].set_visible(False)
+    figure.tight_layout()
+    figure.savefig(out, dpi=140)
+    print(f"wrote {out}")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], epilog=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("tune", "curricula", "credit", "theory"))
+    parser.add_argument("--algos", nargs="+", default=["ppo", "grpo"])
+    parser.add_argument("--arms", nargs="+", default=list(CURRICULA), help="of the curricula")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--lrs", nargs="+", default=["1e-4", "2e-4", "4e-4"], help="tune: learning rates of the policy")
+    parser.add_argument("--model", help="theory: a run or model (default: the tiny base)")
+    parser.add_argument("--runs", default="runs/experiments", help="where the runs are kept")
+    parser.add_argument("--out", default="runs/experiments", help="where the figures go")
+    parser.add_argument("--workers", type=int, default=2, help="runs at a time, one thread each")
+    parser.add_argument("flags", nargs="*", help="after --: further flags of sfl.py for all runs")
+    args = parser.parse_args()
+    import sft
+    base = str(sft.tiny_base("runs/cache"))
+    runs, out = Path(args.runs), Path(args.out)
+    if args.what == "theory":
+        theory(args.model or base, out / "theory.png")
+        return
+    groups = {}  # title -> {arm: flags}
+    for algo in args.algos:
+        if args.what == "tune":
+            groups[f"{algo}-lr"] = {f"lr {lr}": ["--algo", algo, "--curriculum", "uniform", "--lr", lr] for lr in args.lrs}
+        elif args.what == "curricula":
+            groups[algo] = {name: ["--algo", algo, *CURRICULA[name]] for name in args.arms}
+    if args.what == "credit":
+        groups["credit"] = {algo: ["--algo", algo, "--curriculum", "uniform"] for algo in args.algos}
+    places = {(group, arm): [runs / f"{group}-{arm.replace(', ', '-').replace(' ', '-')}-seed{seed}" for seed in range(args.seeds)]
+              for group, arms in groups.items() for arm in arms}
+    execute({folder: [*groups[group][arm], *args.flags, "--seed", str(seed)] for seed in range(args.seeds)
+             for (group, arm), folders in places.items() for folder in [folders[seed]]}, args.workers)
+    for group, arms in groups.items():
+        compare(group, {arm: places[group, arm] for arm in arms}, out / f"{group}.png")
+
+
+if __name__ == "__main__":
+    main()
