@@ -1,6 +1,6 @@
 """Train a language model on the questions it can almost answer: sampling for learnability (SFL), the main script.
 
-    python sfl.py                                                       # arithmetic, a tiny model, PPO: minutes on a CPU
+    python sfl.py                                                       # arithmetic, a tiny model, PPO: minutes on CPU
     python sfl.py --algo ppo --dataset gsm8k --model HUB_ID_OR_DIR      # the papers' settings, on a GPU
     python sfl.py --algo grpo --curriculum uniform --out runs/uniform   # a baseline to compare with
     python sfl.py --report runs/uniform runs/sfl                        # what was solved by all, by none, between
@@ -22,14 +22,15 @@ it. One iteration of training, here from top to bottom:
 The curricula differ in nothing but the choice of questions:
 
     uniform    all questions alike
-    sfl        every T iterations score N candidates with L responses each and buffer the K most learnable; a share rho of
-               each batch comes from the buffer, the rest is uniform, lest the buffer's picture of the policy go stale
+    sfl        every T iterations score N candidates with L responses each and buffer the K most learnable; a share rho
+               of each batch comes from the buffer, the rest is uniform
     lilo       draw questions until enough of them turned out learnable, and train on the very responses that showed it
-    posterior  no scoring at all: a Beta posterior of each question's success, from the training rollouts it has had;
-               Thompson sampling of p (1 - p)
+    posterior  no scoring at all: a Beta posterior of each question's success, from the training rollouts it has had, says
+               which are learnable
 """
 
 import argparse
+import functools
 import itertools
 import json
 import os
@@ -50,8 +51,8 @@ from rollout import generate
 ALGOS = ("ppo", "vineppo", "grpo", "rloo")
 CURRICULA = ("sfl", "lilo", "posterior", "uniform")
 
-# Every setting: its type, its default for the embedded arithmetic task, its default for any other data set (the papers':
-# arXiv 2502.12272 and 2410.01679 on GSM8K), and what it is. Read as a table; the parser is built from it.
+# Every setting: its type, its default for the embedded arithmetic task, its default for any other data set (that of the
+# papers on GSM8K, arXiv 2502.12272 and 2410.01679), and what it is. Read as a table; the parser is built from it.
 SETTINGS = dict(
     algo=(ALGOS, "ppo", "ppo", "how a reward becomes credit"),
     curriculum=(CURRICULA, "sfl", "sfl", "how questions are chosen"),
@@ -66,7 +67,8 @@ SETTINGS = dict(
     buffer_size=(int, 48, 256, "sfl: how many of them are kept (K)"),
     score_rollouts=(int, 8, 8, "sfl: responses to each candidate (L)"),
     max_candidates=(int, 128, 256, "lilo: most questions drawn in an iteration"),
-    memory=(float, 0.9, 0.98, "posterior: how much of the evidence on a question is kept from one iteration to the next"),
+    memory=(float, 0.95, 0.98, "posterior: share of the evidence on a question that an iteration keeps"),
+    thompson=(bool, False, False, "posterior: choose by a draw from each question's posterior, not by its mean"),
     # sampling
     temperature=(float, 1.0, 0.6, "sampling temperature, also of the log-probs in the loss"),
     top_p=(float, 1.0, 0.9, "nucleus of the sampling"),
@@ -80,7 +82,7 @@ SETTINGS = dict(
     minibatch=(int, 256, 64, "rollouts an optimizer step"),
     clip=(float, 0.2, 0.2, "PPO's ratio clip"),
     value_clip=(float, 0.2, 0.2, "PPO's value clip"),
-    kl_coef=(float, 0.0, 1e-4, "weight of the KL loss to the frozen starting model; 0: none, and no reference in memory"),
+    kl_coef=(float, 0.0, 1e-4, "weight of the KL loss to the frozen starting model; 0: no reference in memory"),
     gamma=(float, 1.0, 1.0, "discount"),
     lam=(float, 1.0, 1.0, "GAE's lambda"),
     max_ratio=(float, 10.0, 10.0, "a minibatch with a larger mean ratio is skipped"),
@@ -99,20 +101,22 @@ SETTINGS = dict(
     eval_limit=(int, None, None, "held-out questions, a random subset (default: all)"),
     save_every=(int, 10, 25, "iterations between two checkpoints"),
 )
+DEFAULT_MODEL = "realtreetune/rho-1b-sft-GSM8K"
 EVERYWHERE = dict(  # the same for all data sets, or chosen by them
-    dataset=(str, "arithmetic", "arithmetic, gsm8k, or the path of a .jsonl file or of a folder of train.jsonl, test.jsonl"),
+    dataset=(str, "arithmetic", "arithmetic, gsm8k, or the path of a .jsonl file or of a folder of {train,test}.jsonl"),
     data_dir=(str, None, "gsm8k: a folder with train.jsonl and test.jsonl, instead of the hub"),
-    model=(str, None, "tiny, a hub id or a model's folder (default: tiny for arithmetic, realtreetune/rho-1b-sft-GSM8K else)"),
+    model=(str, None, "tiny, a hub id or a model's folder (default: tiny for arithmetic, else " + DEFAULT_MODEL + ")"),
     out=(str, None, "folder of the run (default: a new one under runs/)"),
     device=(str, "auto", "auto, cpu, cuda or mps"),
-    dtype=(str, "auto", "of the matrix products: auto (bfloat16 on CUDA), float32, bfloat16; weights are float32 always"),
+    dtype=(str, "auto", "of the matrix products: auto (bfloat16 on CUDA), float32, bfloat16; weights are float32"),
     chat=(str, "auto", "prompt through the tokenizer's chat template: auto (if it has one), on, off"),
     engine=(str, "slots", "slots, or hf: generate through model.generate, for models the slots do not fit"),
     last_number=(bool, False, "a response with no marked answer is graded by its last number"),
     skip_long=(bool, False, "leave out questions that do not fit the context, instead of stopping"),
     cache=(str, "runs/cache", "where the tiny starting model is kept"),
 )
-CHANGEABLE = {"iterations", "device", "tokens_per_microbatch", "slots", "eval_every", "save_every", "gradient_checkpointing"}
+CHANGEABLE = {"iterations", "device", "tokens_per_microbatch", "slots", "eval_every", "save_every",
+              "gradient_checkpointing", "data_dir", "cache"}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -153,6 +157,14 @@ def shares(rewards):
     return float((mean == 1).mean()), float((mean == 0).mean()), float(((mean > 0) & (mean < 1)).mean())
 
 
+def pool(rewards):
+    """What to log of questions sampled in order to choose: how many, their shares, the histogram of their successes."""
+    by_all, by_none, between = shares(rewards)
+    successes = np.bincount(np.rint(rewards.sum(1)).astype(int), minlength=rewards.shape[1] + 1)
+    return dict(pool=len(rewards), pool_solved_by_all=by_all, pool_solved_by_none=by_none, pool_learnable=between,
+                pool_histogram=successes.tolist())
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # The curricula. Each is a function of (args, state, iteration, pool size, rng, attempt) that returns which questions to
 # train on, the rollouts and rewards they were chosen by (lilo) or None, and what to log. `state` is a dict of plain
@@ -170,21 +182,20 @@ def with_uniform(chosen, args, size, rng):
 
 
 def sfl(args, state, iteration, size, rng, attempt):
-    """Sampling for learnability with a buffer (arXiv 2502.12272, algorithm 1; the names in brackets are the paper's)."""
+    """Sampling for learnability with a buffer (arXiv 2502.12272; the symbols are the paper's)."""
     logged = {}
     if iteration % args.refresh_every == 0:  # every T iterations
         candidates = rng.choice(size, args.candidates, replace=False)  # N, without replacement
         _, rewards = attempt(candidates, args.score_rollouts)  # L each
         state["buffer"] = candidates[most(variance(rewards), args.buffer_size, rng)].tolist()  # the K most learnable
-        logged = dict(zip(("pool_solved_by_all", "pool_solved_by_none", "pool_learnable"), shares(rewards)))
-        logged["pool_histogram"] = np.bincount(np.rint(rewards.sum(1)).astype(int), minlength=args.score_rollouts + 1).tolist()
+        logged = pool(rewards)
     chosen = rng.choice(state["buffer"], round(args.rho * args.questions), replace=False)  # rho N_l of the buffer
     return with_uniform(chosen, args, size, rng), None, logged
 
 
 def lilo(args, state, iteration, size, rng, attempt):
-    """Rejection (LILO): draw chunks of questions until N_l of them are learnable or the budget is spent, and train on the
-    most learnable with the responses that showed it. The rarer learnable questions get, the more are drawn."""
+    """Rejection (LILO): draw chunks of questions until N_l of them are learnable or the budget is spent, and train on
+    the most learnable with the responses that showed it. The rarer learnable questions get, the more are drawn."""
     drawn, groups, rewards = [], [], np.zeros((0, args.rollouts), np.float32)
     order = rng.permutation(size)[: args.max_candidates]
     while len(drawn) < len(order) and (variance(rewards) > 0).sum() < args.questions:
@@ -192,32 +203,36 @@ def lilo(args, state, iteration, size, rng, attempt):
         more, graded = attempt(chunk, args.rollouts)
         drawn, groups, rewards = [*drawn, *chunk], [*groups, *more], np.concatenate([rewards, graded])
     best = most(variance(rewards), args.questions, rng)
-    logged = dict(zip(("pool_solved_by_all", "pool_solved_by_none", "pool_learnable"), shares(rewards)), pool=len(drawn))
-    return np.array(drawn)[best], ([groups[i] for i in best], rewards[best]), logged
+    return np.array(drawn)[best], ([groups[i] for i in best], rewards[best]), pool(rewards)
 
 
 def posterior(args, state, iteration, size, rng, attempt):
-    """Thompson sampling of learnability from training rollouts alone: nothing is ever sampled only to be scored.
+    """Learnability from training rollouts alone: nothing is ever sampled only to be scored.
 
     Question i has s_i successes and f_i failures, both multiplied by `memory` each iteration because the policy they
-    speak of is moving. Its success rate is Beta(nu mu + s_i, nu (1 - mu) + f_i); drawing p_i and taking the largest
-    p_i (1 - p_i) tries a question as often as it may be the best (Thompson 1933; Russo et al., arXiv 1707.02038).
+    speak of is moving. Its success rate is Beta(a, b) with a = nu mu + s_i, b = nu (1 - mu) + f_i, and what is chosen are
+    the largest expectations E[p (1 - p)] = a b / ((a + b) (a + b + 1)), ties broken at random.
 
     The prior is the data set's (its difficulty group's, where levels are known): mu, the mean success, and nu, how much
     one question tells about the others. If m is the mean learnability, mean_i p_i (1 - p_i), the variance of p_i between
     questions is v = mu (1 - mu) - m, and a Beta of that mean and variance has nu = mu (1 - mu) / v - 1 = m / v. Where
-    questions are all-or-nothing nu is small and the prior U-shaped: an unseen question is probably not learnable, and one
-    seen to be is worth keeping. Both are estimated from the uniform share of the batches only; the rest is a selection.
+    questions are all-or-nothing nu is small and the prior U-shaped: an unseen question is probably not learnable, one
+    seen to be is worth keeping. Both come from the uniform share of the batches only; the rest is a selection.
+
+    Why not Thompson sampling, one draw of p_i each and the largest p_i (1 - p_i) (--thompson)? With thousands of
+    questions and a few dozen picks the largest draws are flukes of the many that were never seen. The uniform share and
+    the forgetting explore enough.
     """
     n = np.array(state.setdefault("counts", [[0.0, 0.0]] * size))  # (questions, 2): successes, failures
     groups, of = np.unique(state["groups"], return_inverse=True)  # difficulty groups; of[i]: the group of question i
-    seen = np.array(state.setdefault("seen", [[0.0, 0.0, 0.0]] * len(groups)))  # questions, mean successes, learnability
+    seen = np.array(state.setdefault("seen", [[0.0] * 3] * len(groups)))  # sums of 1, success and learnability
     whole = (seen.sum(0) + [1, 0.5, 0.125]) / (seen[:, 0].sum() + 1)  # start from a flat guess: mu 1/2, m 1/8
-    weight, mu, m = ((seen + 4 * whole) / (seen[:, :1] + 4)).T  # shrink each group towards the whole, as 4 questions would
+    _, mu, m = ((seen + 0.5 * whole) / (seen[:, :1] + 0.5)).T  # the whole counts as half a question in each group
     nu = np.clip(m / np.maximum(mu * (1 - mu) - m, 1e-3), 0.05, 20)
-    a, b = (nu * mu)[of] + n[:, 0], (nu * (1 - mu))[of] + n[:, 1]
-    p = rng.beta(np.maximum(a, 1e-3), np.maximum(b, 1e-3))
-    return with_uniform(most(p * (1 - p), round(args.rho * args.questions), rng), args, size, rng), None, {}
+    a, b = np.maximum((nu * mu)[of] + n[:, 0], 1e-3), np.maximum((nu * (1 - mu))[of] + n[:, 1], 1e-3)
+    p = rng.beta(a, b)
+    score = p * (1 - p) if args.thompson else a * b / ((a + b) * (a + b + 1))
+    return with_uniform(most(score, round(args.rho * args.questions), rng), args, size, rng), None, {}
 
 
 def remember(args, state, chosen, rewards, picked):
@@ -226,7 +241,8 @@ def remember(args, state, chosen, rewards, picked):
     counts[chosen] += np.stack([rewards.sum(1), (1 - rewards).sum(1)], 1)
     _, of = np.unique(state["groups"], return_inverse=True)
     seen = np.array(state["seen"]) * args.memory
-    np.add.at(seen, of[chosen[picked:]], np.stack([np.ones(len(chosen)), rewards.mean(1), variance(rewards)], 1)[picked:])
+    observed = np.stack([np.ones(len(chosen)), rewards.mean(1), variance(rewards)], 1)
+    np.add.at(seen, of[chosen[picked:]], observed[picked:])
     state["counts"], state["seen"] = counts.round(6).tolist(), seen.round(6).tolist()
 
 
@@ -238,12 +254,13 @@ CHOOSE = dict(uniform=uniform, sfl=sfl, lilo=lilo, posterior=posterior)
 
 
 def train(args, resume=False):
-    """The whole job. Writes args.out: config.json, metrics.jsonl, evaluation.json, model/, state/. Returns the last metrics."""
+    """The whole job. Writes config.json, metrics.jsonl, evaluation.json, model/ and state/ into args.out. Returns the
+    held-out evaluations before and after."""
     out = Path(args.out)
     device = evaluation.pick_device(args.device)
     half = torch.bfloat16 if args.dtype == "bfloat16" or (args.dtype == "auto" and device.startswith("cuda")) else None
     questions = evaluation.load_questions(args.dataset, "train", data_dir=args.data_dir)
-    held_out = evaluation.load_questions(args.dataset, "test", data_dir=args.data_dir, limit=args.eval_limit, seed=args.seed)
+    held_out = evaluation.load_questions(args.dataset, "test", data_dir=args.data_dir, limit=args.eval_limit)
     base = sft.tiny_base(args.cache) if args.model == "tiny" else args.model
     policy, tokenizer = evaluation.load_model(out if resume else base, device=device)
     stops = evaluation.stop_ids(policy, tokenizer)
@@ -277,6 +294,8 @@ def train(args, resume=False):
                                    seed=args.seed, engine=args.engine, slots=args.slots, last_number=args.last_number,
                                    **settings)
 
+    grade = functools.partial(evaluation.rewards, last_number=args.last_number)
+
     def stream(iteration, part):  # seeds that depend on nothing but what they are for: a resumed run draws the same
         return int(np.random.SeedSequence([args.seed, iteration, part]).generate_state(1, np.uint64)[0] >> 2)
 
@@ -287,7 +306,7 @@ def train(args, resume=False):
     before = json.loads((out / "evaluation.json").read_text())["before"]
     row, accuracy, logged = {}, before["greedy"]["accuracy"], (out / "metrics.jsonl").open("a")
 
-    bar = tqdm(range(start, args.iterations), initial=start, total=args.iterations, desc=f"{args.algo}/{args.curriculum}", unit="it")
+    bar = tqdm(range(start, args.iterations), f"{args.algo}/{args.curriculum}", args.iterations, initial=start, unit="it")
     for iteration in bar:
         clock, stats, scored = time.perf_counter(), {}, {}
         seconds = dict.fromkeys(("seconds_score", "seconds_rollout", "seconds_credit", "seconds_update"), 0.0)
@@ -302,8 +321,7 @@ def train(args, resume=False):
         def attempt(indices, n, stats=scored):
             groups = generate(policy, [prompts[i] for i in indices], n=n, max_new_tokens=args.max_new_tokens,
                               seed=stream(iteration, next(calls)), stats=stats, **sampling)
-            graded = evaluation.rewards(tokenizer, [questions[i] for i in indices], groups, last_number=args.last_number)
-            return groups, graded
+            return groups, grade(tokenizer, [questions[i] for i in indices], groups)
 
         # 1. choose questions, sample responses, grade them
         chosen, at_hand, row = CHOOSE[args.curriculum](args, state, iteration, len(questions), rng, attempt)
@@ -325,7 +343,7 @@ def train(args, resume=False):
             advantages, spent = vineppo.mc_advantages(
                 policy, tokenizer, [questions[i] for i in chosen], groups, rewards, mc_rollouts=args.mc_rollouts,
                 max_steps=args.mc_max_steps, style=args.steps, max_new_tokens=args.max_new_tokens, reuse=args.mc_reuse,
-                seed=stream(iteration, next(calls)), **sampling)
+                score=grade, seed=stream(iteration, next(calls)), **sampling)
             row |= {key: spent[key] for key in ("mc_steps", "mc_filled", "mc_states", "mc_rollouts")}
             row |= dict(tokens_credit=spent["tokens_generated"], tokens_credit_prefilled=spent["tokens_prefilled"])
         else:
@@ -340,19 +358,18 @@ def train(args, resume=False):
         ref_logprobs = None
         if reference is not None:
             ref_logprobs = ppo.rollout_logprobs(reference, rollouts, temperature=args.temperature, **passes)
+        names = ("temperature", "clip", "value_clip", "kl_coef", "epochs", "minibatch", "max_grad_norm", "max_ratio")
         row |= ppo.update(policy, optimizers[0], rollouts, advantages, ref_logprobs=ref_logprobs, critic=critic,
-                          critic_optimizer=optimizers[1] if critic else None, values=values, returns=returns,
-                          temperature=args.temperature, clip=args.clip, value_clip=args.value_clip, kl_coef=args.kl_coef,
-                          epochs=args.epochs, minibatch=args.minibatch, max_grad_norm=args.max_grad_norm,
-                          max_ratio=args.max_ratio, rng=rng, **passes)
+                          critic_optimizer=optimizers[1] if critic else None, values=values, returns=returns, rng=rng,
+                          **{name: getattr(args, name) for name in names}, **passes)
         lap("seconds_update")
 
         # 4. measure, log, save
         by_all, by_none, between = shares(rewards)
         used = [len(r.response) for r in rollouts]
         row = dict(iteration=iteration + 1, reward_mean=float(rewards.mean()), solved_by_all=by_all, solved_by_none=by_none,
-                   learnable=between, response_length=float(np.mean(used)), finished=float(np.mean([r.finished for r in rollouts])),
-                   tokens_generated=sum(used), **row, **seconds)
+                   learnable=between, response_length=float(np.mean(used)), tokens_generated=sum(used),
+                   finished=float(np.mean([r.finished for r in rollouts])), **row, **seconds)
         # Responses sampled to choose the questions and not trained on; lilo trains on some of those it scores.
         row["tokens_scored"] = scored.get("tokens_generated", 0) - (sum(used) if not stats else 0)
         if (iteration + 1) % args.eval_every == 0 or iteration + 1 == args.iterations:
@@ -373,7 +390,7 @@ def train(args, resume=False):
 
 
 def fitting(args, tokenizer, policy, questions, which):
-    """(questions, prompts), without those that do not fit the context with a response if --skip_long. ValueError else."""
+    """(questions, prompts). One that does not fit the context with a response: ValueError, or with --skip_long left out."""
     limit = min(args.context, getattr(policy.config, "max_position_embeddings", None) or args.context)
     prompts = evaluation.encode_prompts(tokenizer, questions, chat=args.chat)
     long = [i for i, prompt in enumerate(prompts) if len(prompt) + args.max_new_tokens > limit]
@@ -381,25 +398,24 @@ def fitting(args, tokenizer, policy, questions, which):
         raise ValueError(f"{which} question {long[0]} is {len(prompts[long[0]])} tokens: with --max_new_tokens "
                          f"{args.max_new_tokens} it passes the context of {limit} ({len(long)} of {len(prompts)} do): lower "
                          "--max_new_tokens, raise --context if the model allows it, or pass --skip_long")
-    if long:
-        print(f"left out {len(long)} of {len(prompts)} {which} questions that do not fit the context of {limit} tokens", file=sys.stderr)
     keep = sorted(set(range(len(prompts))) - set(long))
     if not keep:
-        raise ValueError(f"no {which} question fits the context of {limit} tokens: lower --max_new_tokens {args.max_new_tokens}")
+        raise ValueError(f"no {which} question fits the context of {limit} with --max_new_tokens {args.max_new_tokens}: lower it")
+    if long:
+        print(f"left out {len(long)} of {len(prompts)} {which} questions that do not fit {limit} tokens", file=sys.stderr)
     return [questions[i] for i in keep], [prompts[i] for i in keep]
 
 
 def check_sizes(args, size):
     """The numbers that only make sense together with the data set."""
-    for name in ("questions", "candidates", "max_candidates"):
-        needed = name == "questions" or (name == "candidates" and args.curriculum == "sfl") or (
-            name == "max_candidates" and args.curriculum == "lilo")
-        if needed and getattr(args, name) > size:
-            raise ValueError(f"--{name} {getattr(args, name)} is more than the {size} questions of {args.dataset}: lower it")
+    for name in ("questions", *dict(sfl=["candidates"], lilo=["max_candidates"]).get(args.curriculum, [])):
+        if (value := getattr(args, name)) > size:
+            raise ValueError(f"--{name} {value} is more than the {size} questions of {args.dataset}: lower it")
     if args.curriculum == "sfl" and args.buffer_size > args.candidates:
-        raise ValueError(f"--buffer_size {args.buffer_size} is more than --candidates {args.candidates}: lower it, or score more")
+        raise ValueError(f"--buffer_size {args.buffer_size} is more than --candidates {args.candidates}: lower it")
     if args.curriculum == "sfl" and round(args.rho * args.questions) > args.buffer_size:
-        raise ValueError(f"--rho {args.rho} of --questions {args.questions} is more than --buffer_size {args.buffer_size}")
+        raise ValueError(f"--rho {args.rho} of --questions {args.questions} is more than --buffer_size {args.buffer_size}: "
+                         "raise --buffer_size")
     if args.curriculum == "lilo" and args.max_candidates < args.questions:
         raise ValueError(f"--max_candidates {args.max_candidates} is less than --questions {args.questions}: raise it")
 
@@ -448,15 +464,18 @@ def load_state(out, rng, state, policy, critic, optimizers):
 
 def summary(out, before, after):
     """Accuracy before and after, by difficulty; a few responses; where things lie."""
-    lines = ["", f"held-out accuracy   {'before':>8} {'after':>8}", f"{'greedy, all':<18}  "
-             f"{before['greedy']['accuracy']:8.3f} {after['greedy']['accuracy']:8.3f}   +- {after['greedy']['accuracy_se']:.3f}"]
-    levels = after["greedy"]["by_level"]
-    for level in levels:
-        was = before["greedy"]["by_level"].get(str(level), before["greedy"]["by_level"].get(level))
-        lines.append(f"  level {level!s:<10}  {was['accuracy']:8.3f} {levels[level]['accuracy']:8.3f}   n = {levels[level]['n']}")
-    lines.append(f"{'sampled':<18}  {before['sampled']['accuracy']:8.3f} {after['sampled']['accuracy']:8.3f}")
-    lines.append(f"{'response length':<18}  {before['greedy']['response_length']:8.1f} {after['greedy']['response_length']:8.1f}")
-    for example in after["greedy"]["examples"][:3]:
+    was, now = before["greedy"], after["greedy"]
+
+    def line(name, a, b, note=""):
+        return f"{name:<18}  {a:8.3f} {b:8.3f}   {note}".rstrip()
+
+    lines = ["", f"held-out accuracy   {'before':>8} {'after':>8}",
+             line("greedy, all", was["accuracy"], now["accuracy"], f"standard error {now['accuracy_se']:.3f}")]
+    for (level, a), b in zip(was["by_level"].items(), now["by_level"].values()):
+        lines.append(line(f"  level {level}", a["accuracy"], b["accuracy"], f"n = {b['n']}"))
+    lines += [line("sampled", before["sampled"]["accuracy"], after["sampled"]["accuracy"]),
+              line("response length", was["response_length"], now["response_length"], "tokens, greedy")]
+    for example in now["examples"][:3]:
         lines += ["", f"question: {example['question'].strip()}   (answer: {example['answer']})",
                   *(f"    {line}" for line in example["response"].splitlines()), f"    reward {example['reward']:.0f}"]
     lines += ["", f"model    {out / 'model'}", f"metrics  {out / 'metrics.jsonl'}",
@@ -538,7 +557,7 @@ def parse(argv=None):
     args = {name: default for name, (_, default, _) in EVERYWHERE.items()} | flags
     embedded = args["dataset"] == "arithmetic"
     args = {name: small if embedded else large for name, (_, small, large, _) in SETTINGS.items()} | args
-    args["model"] = args["model"] or ("tiny" if embedded else "realtreetune/rho-1b-sft-GSM8K")
+    args["model"] = args["model"] or ("tiny" if embedded else DEFAULT_MODEL)
     args = argparse.Namespace(**args)
     check_values(args)
     name = f"runs/{Path(args.dataset).stem}-{args.algo}-{args.curriculum}"
