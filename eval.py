@@ -4,8 +4,8 @@
     python eval.py --model HUB_ID_OR_DIR --dataset gsm8k --samples 16         # + mean accuracy, pass@k, maj@16
     python eval.py --plot runs/uniform runs/sfl --out curves.png              # training curves, one colour a run
 
-A QUESTION is a prompt and a gold answer. The policy reads the prompt and writes a response: it reasons in steps, then
-commits to an answer. In the data set made here, all numbers mod 97:
+A QUESTION is a prompt and a gold answer. The policy's response reasons in steps, then commits to an answer. In the data
+set made here, all numbers mod 97:
 
     prompt     37+5-8\\n
     response   37+5=42\\n42-8=34\\n#### 34     one step a line, then the answer, as in GSM8K
@@ -24,6 +24,7 @@ THREE MEASURES, for c right among n samples of a question, averaged over questio
 """
 
 import argparse
+import contextlib
 import itertools
 import json
 import logging
@@ -37,7 +38,7 @@ import zlib
 from collections import Counter, deque
 from dataclasses import dataclass
 from fractions import Fraction
-from functools import lru_cache
+from functools import lru_cache, partial
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -60,12 +61,8 @@ class Question:
     question: str = ""              # the bare text: what a chat template wraps
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Data sets
-
 DATASETS = ("arithmetic", "gsm8k")
 MODULUS = 97  # a guess is right 1 time in 97: success means that the reasoning was right
-
 # The share of each number of steps. As the paper found in real data, there is much the model always solves, much it
 # never will (10 to 14 steps: longer than it is ever shown) and a frontier between, where RL has something to learn.
 ARITHMETIC_LEVELS = {1: 0.55, **{k: 0.20 / 5 for k in range(2, 7)}, **{k: 0.25 / 5 for k in range(10, 15)}}
@@ -75,10 +72,8 @@ ARITHMETIC_SIZES = {"train": 2048, "test": 512}
 
 def arithmetic(count, seed, levels=ARITHMETIC_LEVELS, split="train"):
     """`count` distinct chains of + and - of one-digit numbers mod 97: 37+5-8 has level 2. levels: steps -> share.
-
     Train and test are disjoint whatever their seeds: a hash of the chain says where it belongs (crc32: Python's own
-    hash of a string differs in each process). Raises ValueError if a level has fewer distinct questions than asked for.
-    """
+    hash of a string differs in each process). ValueError: a level has fewer distinct questions than asked for."""
     if count < 1 or not levels or min(levels) < 1 or min(levels.values()) < 0 or sum(levels.values()) <= 0:
         raise ValueError(f"arithmetic: cannot make {count} questions with shares {levels}: levels start at 1")
     rng, total = random.Random(seed), sum(levels.values())
@@ -97,7 +92,6 @@ def draw_chains(rng, level, wanted, split):
 
     def belongs(chain):
         return (zlib.crc32("".join(map(str, chain)).encode()) % 5 == 0) == (split == "test")
-
     if MODULUS * len(steps) ** level < 20 * wanted:  # a small space: list it. A large one: draw until it is enough
         chains = [c for c in itertools.product(range(MODULUS), *[steps] * level) if belongs(c)]
         if len(chains) < wanted:
@@ -116,9 +110,8 @@ def worked(chain):
     """The question of a chain. Its solution restates the operands at each step: small models learn that much faster."""
     value, lines, text = chain[0], [], "".join(map(str, chain))
     for step in chain[1:]:
-        result = (value + int(step)) % MODULUS
-        lines.append(f"{value}{step}={result}")
-        value = result
+        before, value = value, (value + int(step)) % MODULUS
+        lines.append(f"{before}{step}={value}")
     # The prompt ends in a newline, so that the first line of the response is the first step.
     return Question(f"{text}\n", str(value), "\n".join([*lines, f"#### {value}"]), "number", len(lines),
                     f"Compute {text} modulo {MODULUS}.")
@@ -130,9 +123,8 @@ def load_questions(dataset, split, *, data_dir=None, limit=None, seed=0):
     gsm8k comes from the hub, or from data_dir/{train,test}.jsonl. A PATH is a folder with those two files, or one
     .jsonl file, which serves as either split. A line holds `question` (or `problem`, `prompt`), `answer` and, if you
     like, `solution` and `level`. limit: a random subset of that many, drawn with `seed`, in the data set's order; None:
-    all. The questions of arithmetic do not depend on `seed`, so that runs with different seeds share one test
-    set. Raises ValueError, one line, for whatever is unknown, missing, malformed or out of reach.
-    """
+    all. arithmetic does not depend on `seed`: runs with different seeds share one test set. ValueError, one line, for
+    whatever is unknown, missing, malformed or out of reach."""
     if split not in ("train", "test"):
         raise ValueError(f"unknown split {split!r}: give train or test")
     if data_dir is not None and dataset != "gsm8k":
@@ -157,7 +149,7 @@ def load_questions(dataset, split, *, data_dir=None, limit=None, seed=0):
 
 def gsm8k_from_hub(split):
     from datasets import load_dataset  # here: slow to import, and not needed where the files are local
-    quiet_hub()
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # offline, a dozen retries would bury our one line
     try:
         rows = load_dataset("openai/gsm8k", "main", split=split)
     except Exception as error:  # offline, a proxy, a full disk: each has a type of its own, all have one way out
@@ -166,15 +158,10 @@ def gsm8k_from_hub(split):
     return [(f"openai/gsm8k {split}, row {i}", row) for i, row in enumerate(rows)]
 
 
-def quiet_hub():
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # offline, a dozen retries would bury our one line
-
-
 def read_jsonl(path):
     """[('FILE, line 3', {...}), ...], blank lines skipped. ValueError names the file and the line."""
-    rows = []
     try:
-        lines = Path(path).read_bytes().split(b"\n")
+        lines, rows = Path(path).read_bytes().split(b"\n"), []
     except OSError as error:
         raise ValueError(f"cannot read {path}: {error.strerror}") from error
     for where, line in ((f"{path}, line {number}", line) for number, line in enumerate(lines, 1) if line.strip()):
@@ -192,24 +179,23 @@ def read_jsonl(path):
 
 def to_questions(rows, kind=None):
     """rows: [(where, {...})]. kind None: one for the whole file, 'number' if all answers are numbers, else 'math'."""
-    fields = [row_fields(where, row) for where, row in rows]
-    odd = [(where, answer) for (where, _), (_, answer, _, _) in zip(rows, fields) if parse_number(answer) is None]
+    questions = [to_question(where, row) for where, row in rows]
+    odd = [i for i, q in enumerate(questions) if parse_number(q.answer) is None]
     if odd and kind == "number":
-        raise ValueError(f"{odd[0][0]}: the answer {odd[0][1][:40]!r} is not a number")
-    kind, questions = "math" if odd else "number", []
-    for text, answer, solution, level in fields:
-        if solution is not None:
-            if final_answer(solution, kind) is None:  # a demonstration must say its answer where the grader looks
-                solution = f"{solution}\n#### {answer}"
+        raise ValueError(f"{rows[odd[0]][0]}: the answer {questions[odd[0]].answer[:40]!r} is not a number")
+    for q in questions:
+        q.kind = "math" if odd else "number"
+        if q.solution is not None:
             # A space joins it to "Solution:", not a newline: a BPE word token carries its leading space, and a newline
             # would make the first step of every response an empty line.
-            solution = " " + solution
-        questions.append(Question(PLAIN_PROMPT.format(question=text), answer, solution, kind, level, text))
+            q.solution = " " + q.solution
+            if final_answer(q.solution, q.kind) is None:  # a demonstration must say its answer where the grader looks
+                q.solution += f"\n#### {q.answer}"
     return questions
 
 
-def row_fields(where, row):
-    """(question, answer, solution or None, level or None). GSM8K has the solution in `answer` too, before the ####."""
+def to_question(where, row):
+    """A row, checked, as a Question whose kind is still open. GSM8K has the solution in `answer` too, before the ####."""
     text = next((row[name] for name in ("question", "problem", "prompt") if row.get(name)), None)
     answer, solution, level = (row.get(name) for name in ("answer", "solution", "level"))
     if not isinstance(text, str) or not text.strip():
@@ -222,18 +208,17 @@ def row_fields(where, row):
         raise ValueError(f"{where}: the field 'solution' must be text, and 'level' text or a whole number")
     if "####" in answer:
         solution = re.sub(r"<<[^<>\n]*>>", "", answer)  # without the calculator notes: 16-3=$<<16-3=13>>13
-        answer = answer.rpartition("####")[2]
-    return text.strip(), answer.strip(), solution and solution.strip(), level
+    return Question(PLAIN_PROMPT.format(question=text.strip()), answer.rpartition("####")[2].strip(),
+                    solution and solution.strip(), level=level, question=text.strip())
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Grading: which text is the answer, which number is that text, is it the gold one
+# ------------------------- grading: which text is the answer, which number is that text, is it the gold one
 
 # What announces an answer. Of several the LAST is the commitment, as in VinePPO and verl for #### and in Minerva for
 # \boxed (lm-evaluation-harness takes the first ####): a model that corrects itself means its last word, the headings of
 # a chat model ('#### Step 1') come before its \boxed answer, and a list of guesses counts as one guess.
-MARKER = re.compile(r"####|\\(?:boxed|fbox)\s{0,3}\{|\banswer\s{0,3}(?:is\b(?!\s{0,3}not\b)|[:=])\s{0,3}:?", re.I)
-BLANK = re.compile(r"\s{0,9}")
+MARKER = re.compile(r"(?:####|\\(?:boxed|fbox)\s{0,3}\{|\banswer\s{0,3}(?:is\b(?!\s{0,3}not\b)|[:=])\s{0,3}:?)"
+                    r"\s{0,9}", re.I)
 SENTENCE_END = re.compile(r"(?<!\\)[.!?](?=\s|$)|\n")  # not the \! of 1,\! 234
 MARKERS_READ, ANSWER_CHARS = 20, 300  # with these bounds the time is linear in the length of the response
 
@@ -242,9 +227,8 @@ def final_answer(response, kind="number", last_number=False):
     """The text of the answer that a response commits to last, or None. A marker with no number behind it (for 'math':
     nothing) commits to nothing. last_number: where no marker does, take the last number; lenient, for other formats."""
     for marker in reversed(deque(MARKER.finditer(response), maxlen=MARKERS_READ)):
-        start = BLANK.match(response, marker.end()).end()
-        window = response[start : start + ANSWER_CHARS]
-        text = braced(window) if marker.group().endswith("{") else SENTENCE_END.split(window, maxsplit=1)[0]
+        window = response[marker.end() : marker.end() + ANSWER_CHARS]
+        text = braced(window) if "{" in marker[0] else SENTENCE_END.split(window, maxsplit=1)[0]
         # An answer as long as the window may have been cut: 18 of 1800 must not be read as 18.
         if len(text) < ANSWER_CHARS - 1 and text.strip() and (kind == "math" or re.search("[0-9]", text)):
             return text.strip()
@@ -273,18 +257,17 @@ NUMBER = re.compile(rf"""(?<![\w.,^/*+-])                        # not the tail 
     (?:\s*(?P<word>hundred|thousand|million|billion|trillion)\b|(?P<letter>[kKMB])\b)?""", re.VERBOSE)
 SCALES = {"hundred": 10**2, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12,
           "k": 10**3, "K": 10**3, "M": 10**6, "B": 10**9}
-# '9*2 = ' or 'the total cost = ': the answer is what follows.
-EQUATION = re.compile(r"(?:[^=A-Za-z<>!≤≥≠]*=|[^=0-9<>!≤≥≠]*=)+")
-UNIT_POWER = re.compile(r"(?<![A-Za-z])([cmk]?m|ft|in|yd|mi|feet|foot|inch(?:es)?|met(?:er|re)s?|miles?|yards?|units?)"
-                        r"(?:\s*\^\s*\{?[23]\}?|[²³23])(?!\w)")  # 18 cm^2
 EXPRESSION = re.compile(r"[0-9\\^_<>≤≥√π±+*×÷=!|]")  # beside a number: it is not the whole answer
-LATEX = [(re.compile(pattern), plain) for pattern, plain in (
-    (r"\{,\}", ","), (r"\\!", ""), (r"\\,(?=[0-9]{3}(?![0-9]))", ""),  # thousands: 1{,}234  1,\!234  1\,234
+REWRITES = [(re.compile(pattern), plain) for pattern, plain in (
+    ("[−–]", "-"), (r"\{,\}", ","), (r"\\!", ""), (r"\\,(?=[0-9]{3}(?![0-9]))", ""),  # 1{,}234  1,\!234  1\,234
     (r"\\[dt]?frac\s*([0-9])\s*([0-9])(?![0-9])", r" \1/\2 "),
     (r"\\[dt]?frac\s*\{\s*(-?[0-9.,]+)\s*\}\s*\{\s*([0-9.,]+)\s*\}", r" \1/\2 "),
     (r"\\(?:text|mathrm|mathbf|textbf|mbox)\s*\{([^{}]*)\}", r" \1 "),
     (r"\^\s*\{?\s*\\circ\s*\}?|°", " "), (r"\\([$%])", r"\1"), (r"(?<=[-+])[$£€¥₹]", ""),
-    (r"\\(?:left|right|displaystyle|quad|qquad)(?![A-Za-z])|\\[()\[\],;: ]|\*\*|[$£€¥₹{}~`]", " "))]
+    (r"\\(?:left|right|displaystyle|quad|qquad)(?![A-Za-z])|\\[()\[\],;: ]|\*\*|[$£€¥₹{}~`]", " "),
+    (r"(?<![A-Za-z])([cmk]?m|ft|in|yd|mi|feet|foot|inch(?:es)?|met(?:er|re)s?|miles?|yards?|units?)"
+     r"(?:\s*\^\s*\{?[23]\}?|[²³23])(?!\w)", r"\1"),  # 18 cm^2
+    (r"\A(?:[^=A-Za-z<>!≤≥≠]*=|[^=0-9<>!≤≥≠]*=)+", ""))]  # '9*2 = 18', 'the total cost = 18'
 
 
 @lru_cache(1 << 16)
@@ -294,30 +277,25 @@ def parse_number(text):
     ('5 or 6', '5:30', '1.234,5'), or an expression ('2^3', '18x'). Units and percent signs are dropped, as is usual."""
     if len(text) > ANSWER_CHARS:
         return None
-    text = re.sub("[−–]", "-", text)
-    for pattern, plain in LATEX:
+    for pattern, plain in REWRITES:
         text = pattern.sub(plain, text)
-    text = UNIT_POWER.sub(r"\1", text)
-    equation = EQUATION.match(text)
-    text = text[equation.end() :] if equation else text
     number = NUMBER.search(text)
     if number is None:
         return None
     before, after = text[: number.start()], text[number.end() :]
+    value, bottom = (Fraction((number[part] or "1").replace(",", "")) for part in ("top", "bottom"))
     if EXPRESSION.search(before + after) or re.search(r"/|\w\($", before) or re.match(r"[xyzni]\b", after):
         return None  # 5 or 6, 18^2, 2/x/3, sqrt(18), 18x
-    if any(map(str.isnumeric, before + after)) or re.match(r"[-+]\s", number[0]) and re.search(r"\w", before):
-        return None  # ½, ² and the digits of other scripts; x - 18
-    value, bottom = (Fraction((number[part] or "1").replace(",", "")) for part in ("top", "bottom"))
-    if bottom == 0:
-        return None
+    if (bottom == 0 or any(map(str.isnumeric, before + after))
+            or re.match(r"[-+]\s", number[0]) and re.search(r"\w", before)):
+        return None  # 3/0, ½, ² and the digits of other scripts, x - 18
     value = (int(number["whole"] or 0) + value / bottom) * SCALES.get(number["word"] or number["letter"], 1)
     return -value if number["sign"] in ("-", "minus", "negative") else value
 
 
 def grade(response, question, *, last_number=False):
-    """1.0 if the response's final answer equals the question's, else 0.0. No response makes it raise or hang; a
-    ValueError is for a question that cannot be graded. last_number: see `final_answer`."""
+    """1.0 if the response's final answer equals the question's, else 0.0. No response makes it raise or hang.
+    ValueError: a question that cannot be graded. last_number: see `final_answer`."""
     if question.kind not in ("number", "math"):
         raise ValueError(f"cannot grade kind {question.kind!r}: give 'number' or 'math'")
     answer, gold = final_answer(response, question.kind, last_number), parse_number(question.answer)
@@ -331,13 +309,11 @@ def grade(response, question, *, last_number=False):
 # math-verify compares LaTeX with sympy, which some expressions keep busy for ever. Its own time limit is a signal, and
 # works in the main thread only and not while C code runs (9^{9^{9^9}}): so it lives in a process that can be killed.
 JUDGE = r"""
-import json, os, signal, sys
+import contextlib, json, os, signal, sys
 signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, whose end is the end of stdin here
-try:
+with contextlib.suppress(ImportError, ValueError, OSError):  # no such limit on this system
     import resource
     resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30))
-except (ImportError, ValueError, OSError):
-    pass  # no such limit on this system
 from math_verify import parse, verify
 reply = os.fdopen(os.dup(1), "w")
 os.dup2(2, 1)  # whatever else prints must not look like a reply
@@ -376,11 +352,9 @@ def ask_judge(line, seconds):
     timer, reply = threading.Timer(seconds, judge.kill), ""
     timer.start()
     try:
-        judge.stdin.write(line)
-        judge.stdin.flush()
-        reply = judge.stdout.readline().strip()
-    except OSError:
-        pass  # killed before it read the line
+        with contextlib.suppress(OSError):  # killed before it read the line
+            print(line, end="", file=judge.stdin, flush=True)
+            reply = judge.stdout.readline().strip()
     finally:
         timer.cancel()
         if not reply:  # late, crashed, or we are interrupted: dead for sure, so that no later call reads this reply
@@ -389,8 +363,7 @@ def ask_judge(line, seconds):
     return reply
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Models and text
+# ------------------------- models, text and tokens, measures
 
 
 def load_model(path, *, device="cpu", dtype="float32"):
@@ -402,7 +375,7 @@ def load_model(path, *, device="cpu", dtype="float32"):
     device = pick_device(device)
     dtype = dtype if dtype != "auto" else "bfloat16" if device.startswith("cuda") else "float32"
     path = Path(path, "model") if Path(path, "model", "config.json").exists() else path
-    quiet_hub()
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # as above
     try:
         model = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype), use_safetensors=True)
         tokenizer = AutoTokenizer.from_pretrained(path)
@@ -414,18 +387,15 @@ def load_model(path, *, device="cpu", dtype="float32"):
 
 def pick_device(name):
     """'auto' becomes cuda, mps or cpu, the first there is. ValueError for a device that is not there."""
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    if name == "auto":
-        return next(device for device in there if there[device])
-    if not there.get(name.partition(":")[0]):
-        raise ValueError(f"no device {name!r} here: give auto or {' or '.join(d for d in there if there[d])}")
-    return name
+    there = [*["cuda"] * torch.cuda.is_available(), *["mps"] * torch.backends.mps.is_available(), "cpu"]
+    if name != "auto" and name.partition(":")[0] not in there:
+        raise ValueError(f"no device {name!r} here: give auto or {' or '.join(there)}")
+    return there[0] if name == "auto" else name
 
 
 def encode_prompts(tokenizer, questions, *, chat="auto"):
     """The token ids that the policy reads, one list a question. chat: 'on' wraps the bare question in the tokenizer's
-    chat template, 'off' takes the plain prompt, 'auto' wraps if there is a template (some base models have one: off).
-    """
+    chat template, 'off' takes the plain prompt, 'auto' wraps if there is a template (base models may have one: off)."""
     if chat not in ("auto", "on", "off"):
         raise ValueError(f"unknown chat {chat!r}: give auto, on or off")
     if chat == "on" and not tokenizer.chat_template:
@@ -446,7 +416,7 @@ def encode_response(tokenizer, text):
 
 
 def decode_response(tokenizer, rollout):
-    """The text of a response, without its stop token and without special tokens."""
+    """The text of a response, without its stop token and other special tokens."""
     ids = rollout.response[:-1] if rollout.finished else rollout.response
     return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
@@ -461,21 +431,15 @@ def stop_ids(model, tokenizer):
     return sorted(ids)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# How good is a model?
-
-
 def rewards(tokenizer, questions, rollouts, *, last_number=False):
-    """rollouts: for each question a list of n `Rollout`s. (questions, n) float32: 1 for a finished response with the
-    right answer, else 0."""
+    """One list of n `Rollout`s a question -> (questions, n) float32: 1 for a finished, right response, else 0."""
     return np.array([[grade(decode_response(tokenizer, r), question, last_number=last_number) if r.finished else 0.0
                       for r in group] for question, group in zip(questions, rollouts, strict=True)], np.float32)
 
 
 def pass_at_k(right, n, k):
-    """1 - C(n - c, k) / C(n, k) for c = right of n samples, as the product of 1 - k / i over i = n - c + 1 ... n, which
-    has no large numbers (Chen et al. 2021, arXiv 2107.03374, figure 3)."""
-    return 1.0 if n - right < k else 1.0 - float(np.prod(1.0 - k / np.arange(n - right + 1, n + 1)))
+    """1 - C(n - c, k) / C(n, k) for c = right of n samples (Chen et al. 2021, arXiv 2107.03374, eq. 1)."""
+    return 1 - math.comb(n - right, k) / math.comb(n, k)  # in whole numbers of any size: nothing overflows
 
 
 def majority(answers, graded):
@@ -487,9 +451,9 @@ def majority(answers, graded):
 
 
 def vote(text):
-    """What a final answer counts as in a vote: 18, 18.0 and $18 are one; LaTeX is compared without its spaces."""
-    number = parse_number(text)
-    return number if number is not None else re.sub(r"\s", "", text)
+    """What a final answer counts as in a vote: 18, 18.0 and $18 are one; LaTeX loses its spaces. None: no vote."""
+    number = parse_number(text or "")
+    return number if number is not None else text and re.sub(r"\s", "", text)
 
 
 def mean_and_se(values):
@@ -506,8 +470,7 @@ def evaluate(model, tokenizer, questions, *, samples=1, temperature=0.0, top_p=1
     {level: {n, accuracy, se}}, response_length (mean, tokens), finished (share), success (a list: each question's share
     of right samples), examples (of the first questions); with several samples also mean_accuracy (= accuracy), pass@1,
     pass@2, pass@4 ... and maj@samples, each with its _se.
-    Raises ValueError for no questions, for several greedy samples (all alike), and for what `rollout.generate` refuses.
-    """
+    ValueError: no questions, several greedy samples (all alike), and what `rollout.generate` refuses."""
     if not questions:
         raise ValueError("no questions to evaluate on")
     if samples < 1 or (samples > 1 and temperature == 0):
@@ -516,29 +479,26 @@ def evaluate(model, tokenizer, questions, *, samples=1, temperature=0.0, top_p=1
                       temperature=temperature, top_p=top_p, stop_ids=stop_ids(model, tokenizer), seed=seed,
                       progress=progress, engine=engine, slots=slots)
     graded = rewards(tokenizer, questions, groups, last_number=last_number)  # (questions, samples)
-    result = dict(n=len(questions), samples=samples)
-
-    def measure(name, values):
-        result[name], result[name + "_se"] = mean_and_se(values)
-
-    measure("accuracy", graded.mean(1))
+    success = graded.mean(1)
+    measures = {"accuracy": success}
     if samples > 1:
-        measure("mean_accuracy", graded.mean(1))
+        measures["mean_accuracy"] = success
         for k in (2**i for i in range(samples.bit_length())):
-            measure(f"pass@{k}", [pass_at_k(int(right), samples, k) for right in graded.sum(1)])
-        answers = [[final_answer(decode_response(tokenizer, r), question.kind, last_number) if r.finished else None
-                    for r in group] for question, group in zip(questions, groups)]
-        measure(f"maj@{samples}", [majority([a if a is None else vote(a) for a in row], row_graded)
-                                   for row, row_graded in zip(answers, graded.tolist())])
+            measures[f"pass@{k}"] = [pass_at_k(int(right), samples, k) for right in graded.sum(1)]
+        votes = [[vote(final_answer(decode_response(tokenizer, r), q.kind, last_number)) if r.finished else None
+                  for r in group] for q, group in zip(questions, groups)]
+        measures[f"maj@{samples}"] = [majority(*pair) for pair in zip(votes, graded.tolist())]
+    result = dict(n=len(questions), samples=samples)
+    for name, values in measures.items():
+        result[name], result[name + "_se"] = mean_and_se(values)
     result["by_level"] = {}
     for level in sorted({q.level for q in questions} - {None}, key=lambda level: (isinstance(level, str), level)):
         rows = [i for i, q in enumerate(questions) if q.level == level]
-        mean, se = mean_and_se(graded[rows].mean(1))
+        mean, se = mean_and_se(success[rows])
         result["by_level"][level] = dict(n=len(rows), accuracy=mean, se=se)
-    rollouts = list(itertools.chain.from_iterable(groups))
-    result["response_length"] = float(np.mean([len(r.response) for r in rollouts]))
-    result["finished"] = float(np.mean([r.finished for r in rollouts]))
-    result["success"] = graded.mean(1).tolist()  # of each question: what the histograms of --report are drawn from
+    result["response_length"] = float(np.mean([len(r.response) for group in groups for r in group]))
+    result["finished"] = float(np.mean([r.finished for group in groups for r in group]))
+    result["success"] = success.tolist()  # what the histograms of --report are drawn from
     result["examples"] = [dict(question=q.question or q.prompt, answer=q.answer, reward=float(graded[i, 0]),
                                response=decode_response(tokenizer, groups[i][0])) for i, q in enumerate(questions[:4])]
     return result
@@ -546,23 +506,20 @@ def evaluate(model, tokenizer, questions, *, samples=1, temperature=0.0, top_p=1
 
 def table(greedy, sampled):
     """What the command prints: accuracy by difficulty, then what several samples tell (sampled: None without)."""
-    def cell(mean, se):
-        return f"{mean:9.3f} ± " + (f"{se:.3f}" if se is not None else "?    ")
-
-    columns = [greedy] if sampled is None else [greedy, sampled]
-    heading = f"{'level':<10}{'questions':>10}{'greedy':>12}"
-    lines = [heading + (f"{'mean of %d' % sampled['samples']:>19}" if sampled else ""),
-             f"{'all':<10}{greedy['n']:>10}" + " ".join(cell(c["accuracy"], c["accuracy_se"]) for c in columns)]
+    def line(label, count, *measures):
+        cells = (f"{mean:9.3f} ± " + ("?    " if se is None else f"{se:.3f}") for mean, se in measures)
+        return f"{label!s:<10}{count:>10}" + " ".join(cells)
+    columns = [greedy, sampled] if sampled else [greedy]
+    samples = f"{'mean of %d' % sampled['samples']:>19}" if sampled else ""
+    lines = [f"{'level':<10}{'questions':>10}{'greedy':>12}{samples}",
+             line("all", greedy["n"], *((c["accuracy"], c["accuracy_se"]) for c in columns))]
     for level, row in greedy["by_level"].items():
-        cells = (cell(c["by_level"][level]["accuracy"], c["by_level"][level]["se"]) for c in columns)
-        lines.append(f"{level!s:<10}{row['n']:>10}" + " ".join(cells))
+        rows = (c["by_level"][level] for c in columns)
+        lines.append(line(level, row["n"], *((r["accuracy"], r["se"]) for r in rows)))
     for name in (name for name in sampled or {} if "@" in name and not name.endswith("_se")):
-        lines.append(f"{name:<20}" + cell(sampled[name], sampled[name + "_se"]))
+        lines.append(line(name, "", (sampled[name], sampled[name + "_se"])))
     return "\n".join(lines)
 
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Training curves
 
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe-Ito: safe for all eyes
 ROWS = {"eval_accuracy": "held-out accuracy", "reward_mean": "mean reward", "learnable": "learnable",
@@ -574,10 +531,10 @@ TOKENS = ("tokens_generated", "tokens_scored", "tokens_credit")
 
 def read_run(folder):
     """The rows of a run's metrics.jsonl; to each is added what was spent until then: tokens, seconds."""
-    if not Path(folder, "metrics.jsonl").exists():
+    path, rows, tokens, seconds = Path(folder, "metrics.jsonl"), [], 0, 0.0
+    if not path.exists():
         raise ValueError(f"{folder} holds no metrics.jsonl: give a folder that sfl.py --out wrote")
-    rows, tokens, seconds = [], 0, 0.0
-    for where, row in read_jsonl(Path(folder, "metrics.jsonl")):
+    for where, row in read_jsonl(path):
         for key in ("iteration", *ROWS, *SECONDS, *TOKENS):
             if not isinstance(row.get(key, 0), (int, float)) and row[key] is not None or row.get("iteration") is None:
                 raise ValueError(f"{where}: no number in the field {key!r}")
@@ -590,46 +547,38 @@ def read_run(folder):
 def plot(runs, out):
     """Draw accuracy, reward and the shares of questions solved by all attempts, by none and by some (learnable) against
     iterations, tokens and seconds, and save a PNG. runs: folders, a colour each. Faint: iterations; bold: smoothed."""
-    import matplotlib
-    matplotlib.use("Agg")  # needs no screen
-    from matplotlib import pyplot as plt
+    from matplotlib.figure import Figure  # not pyplot: it needs no screen
     from matplotlib.ticker import EngFormatter, PercentFormatter
-
     curves = [read_run(run) for run in runs]
     names = [Path(run).resolve().name for run in runs]
     names = [str(run) if names.count(name) > 1 else name for run, name in zip(runs, names)]
-    figure, axes = plt.subplots(len(ROWS), len(COLUMNS), figsize=(10, 9), sharex="col", sharey="row")
+    figure = Figure(figsize=(10, 9))
+    axes = figure.subplots(len(ROWS), len(COLUMNS), sharex="col", sharey="row")
     for (i, key), (j, x) in itertools.product(enumerate(ROWS), enumerate(COLUMNS)):
         ax = axes[i, j]
         for number, rows in enumerate(curves):
             points = np.array([(row[x], row[key]) for row in rows if row.get(key) is not None], float).reshape(-1, 2)
             color, line = COLORS[number % len(COLORS)], ("-", "--", ":")[number // len(COLORS) % 3]
-            if key == "eval_accuracy":
-                marker = "o"
-            else:
+            marker = "o" if key == "eval_accuracy" else None
+            if not marker:  # measured at every iteration: noisy
                 ax.plot(*points.T, color=color, alpha=0.2, linewidth=0.8)
-                half, marker = max(1, len(points) // 20), None
+                half = max(1, len(points) // 20)
                 points[:, 1] = [points[max(0, t - half) : t + half + 1, 1].mean() for t in range(len(points))]
             ax.plot(*points.T, line, color=color, linewidth=1.8, marker=marker, markersize=3.5, label=names[number])
         ax.spines[["top", "right"]].set_visible(False)
         ax.grid(axis="y", color="#e6e6e6", linewidth=0.8)
         ax.tick_params(length=0, labelsize=9, colors="#444444")
-        ax.set_ylabel(ROWS[key] if j == 0 else "", fontsize=10)
-        ax.set_xlabel(COLUMNS[x] if i == len(ROWS) - 1 else "", fontsize=10)
         ax.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
         ax.xaxis.set_major_formatter(EngFormatter(sep=""))
-    for ax in axes[:, 0]:  # once all is drawn: a row shares its limits
-        ax.set_ylim(bottom=0)
+    for ax, label in zip(axes[-1], COLUMNS.values()):
+        ax.set(xlabel=label)
+    for ax, label in zip(axes[:, 0], ROWS.values()):
+        ax.set(ylabel=label, ylim=(0, None))  # once all is drawn: a row shares its limits
     figure.align_ylabels()
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="upper center", ncols=min(4, len(runs)), frameon=False)
     figure.tight_layout(rect=(0, 0, 1, 0.97 - 0.02 * ((len(runs) - 1) // 4)))
     Path(out).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(out, dpi=150)
-    plt.close(figure)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Command line
 
 
 def first_line(error):
@@ -640,7 +589,6 @@ def parse_args(parser, argv=None):
     """argparse with this project's manners: --data-dir is --data_dir, and a bad flag is a ValueError of one line."""
     def fail(message):
         raise ValueError(f"{message} (see --help)")
-
     parser.error = fail
     parts = [arg.partition("=") for arg in (sys.argv[1:] if argv is None else argv)]
     return parser.parse_args([("--" + flag[2:].replace("-", "_") if flag.startswith("--") else flag) + equals + value
@@ -686,33 +634,29 @@ def main(argv=None):
         if out.suffix != ".png":
             raise ValueError(f"--out {out} is not the name of a .png file")
         plot(args.plot, out)
-        print(f"wrote {out}")
-        return
+        return print(f"wrote {out}")
     if not args.model:
         raise ValueError("nothing to do: give --model DIR to evaluate, or --plot RUN to draw")
     if args.samples < 1 or args.max_new_tokens < 1:
         raise ValueError(f"--samples {args.samples} and --max_new_tokens {args.max_new_tokens} must be at least 1")
-    sampling = dict(temperature=args.temperature, top_p=args.top_p)
-    if args.samples == 1 and set(sampling.values()) != {None}:
+    if args.samples == 1 and (args.temperature, args.top_p) != (None, None):
         raise ValueError("--temperature and --top_p are for several samples: give --samples too, or leave them out")
-    sampling = {name: default if sampling[name] is None else sampling[name]
-                for name, default in (("temperature", 0.35), ("top_p", 0.9))}
+    args.temperature = 0.35 if args.temperature is None else args.temperature
+    args.top_p = 0.9 if args.top_p is None else args.top_p
     questions = load_questions(args.dataset, args.split, data_dir=args.data_dir, limit=args.limit, seed=args.seed)
-    model, tokenizer = load_model(args.model, device=args.device, dtype=args.dtype)
-    settings = dict(max_new_tokens=args.max_new_tokens, chat=args.chat, seed=args.seed, progress=True,
-                    engine=args.engine, last_number=args.last_number)
-    greedy = evaluate(model, tokenizer, questions, **settings)
-    several = args.samples > 1
-    sampled = evaluate(model, tokenizer, questions, samples=args.samples, **sampling, **settings) if several else None
-
+    measured = partial(evaluate, *load_model(args.model, device=args.device, dtype=args.dtype), questions,
+                       max_new_tokens=args.max_new_tokens, chat=args.chat, seed=args.seed, progress=True,
+                       engine=args.engine, last_number=args.last_number)
+    greedy, sampled = measured(), None
+    if args.samples > 1:
+        sampled = measured(samples=args.samples, temperature=args.temperature, top_p=args.top_p)
     print(f"{args.model} on {args.dataset}, {args.split} split", table(greedy, sampled), sep="\n")
     print(f"greedy responses: {greedy['response_length']:.1f} tokens on average; {1 - greedy['finished']:.1%} ran into "
           f"--max_new_tokens {args.max_new_tokens}, which counts as wrong")
     folder = Path(args.model) if Path(args.model).is_dir() else Path()
     out = Path(args.out or folder / f"eval_{Path(args.dataset).stem}_{args.split}.json")
     out.parent.mkdir(parents=True, exist_ok=True)
-    report = dict(settings={**vars(args), **sampling}, greedy=greedy, sampled=sampled)
-    out.write_text(json.dumps(report, indent=1) + "\n")
+    out.write_text(json.dumps(dict(settings=vars(args), greedy=greedy, sampled=sampled), indent=1) + "\n")
     print(f"wrote {out}")
 
 

@@ -33,6 +33,7 @@ import subprocess
 import sys
 import time
 import weakref
+from functools import partial
 
 import numpy as np
 import safetensors.torch
@@ -41,7 +42,7 @@ from torch import nn
 from torch.nn.utils import clip_grad_norm_
 from torch.nn.utils.rnn import pad_sequence
 
-# ------------------------- log-probabilities of what was written, without the (batch, time, vocab) tensor
+# ------------------------- what the update needs: log-probs without the (batch, time, vocab) tensor, advantages, values
 
 
 class HeadLogprobs(torch.autograd.Function):
@@ -125,8 +126,7 @@ def token_logprobs(model, tokens, *, temperature=1.0, mask=None, chunk=None):
     if tokens.dim() != 2 or tokens.shape[1] < 2:
         raise ValueError(f"tokens of shape {tuple(tokens.shape)}: needs (batch, time) with time of at least 2")
     check_head(model)
-    if mask is None:
-        mask = torch.ones_like(tokens[:, 1:], dtype=torch.bool)
+    mask = torch.ones_like(tokens[:, 1:], dtype=torch.bool) if mask is None else mask
     # the last column is only ever a target: the backbone need not read it
     hidden = model.base_model(input_ids=tokens[:, :-1], use_cache=False).last_hidden_state  # (batch, time - 1, width)
     logprobs = head_logprobs(model, hidden[mask], tokens[:, 1:][mask], temperature, chunk)  # (positions wanted)
@@ -193,9 +193,6 @@ def no_dropout(*models):
             module.training = mode
 
 
-# ------------------------- advantages
-
-
 def gae(rewards, values, mask, *, gamma, lam):
     """Generalized advantage estimation, Schulman et al. 2015 (arXiv 1506.02438), eq. 16. All (batch, time).
 
@@ -250,9 +247,6 @@ def kl_k3(ref, new):
     return (torch.expm1(d) - d).clamp(0, 10)
 
 
-# ------------------------- the critic
-
-
 class ValueModel(nn.Module):
     """V(s): a copy of a causal model's backbone with a scalar head. (batch, time) ids -> (batch, time) float32, at t
     the value of the state after tokens[:t + 1], in which token t + 1 is chosen.
@@ -274,8 +268,7 @@ class ValueModel(nn.Module):
             return self.head(hidden.to(self.head.weight.dtype)).squeeze(-1)
 
     def save(self, path):
-        """All weights, to a .safetensors file."""
-        safetensors.torch.save_model(self, str(path))
+        safetensors.torch.save_model(self, str(path))  # all weights, to a .safetensors file
 
     def load(self, path):
         """Weights from `save`. ValueError: no such file, or a critic of another shape."""
@@ -284,9 +277,6 @@ class ValueModel(nn.Module):
         except (OSError, RuntimeError, safetensors.SafetensorError) as error:
             raise ValueError(f"critic {path}: {' '.join(str(error).split())[:300]}") from None
         return self
-
-
-# ------------------------- batches whose cost follows real tokens
 
 
 def microbatches(rollouts, tokens_per_microbatch):
@@ -344,14 +334,13 @@ def without_gradient(model, rollouts, function, tokens_per_microbatch, autocast)
 def rollout_logprobs(model, rollouts, *, temperature=1.0, tokens_per_microbatch=8192, autocast=None):
     """log pi of each response token at the sampling temperature: a list of 1-D tensors, no gradient.
     autocast: None or torch.bfloat16 (the matrix products): as in `update`, else the first ratio is not 1."""
-    return without_gradient(model, rollouts, lambda some: response_logprobs(model, some, temperature),
-                            tokens_per_microbatch, autocast)
+    score = partial(response_logprobs, model, temperature=temperature)
+    return without_gradient(model, rollouts, score, tokens_per_microbatch, autocast)
 
 
 def rollout_values(critic, rollouts, *, tokens_per_microbatch=8192, autocast=None):
     """The critic's value of the state in which each response token was chosen: a list of 1-D tensors, no gradient."""
-    return without_gradient(critic, rollouts, lambda some: response_values(critic, some),
-                            tokens_per_microbatch, autocast)
+    return without_gradient(critic, rollouts, partial(response_values, critic), tokens_per_microbatch, autocast)
 
 
 def critic_advantages(critic, rollouts, rewards, *, gamma=1.0, lam=1.0, tokens_per_microbatch=8192, autocast=None):
@@ -382,6 +371,8 @@ def check_rollouts(rollouts, **lists):
 
 # ------------------------- the update
 
+SUMS = ("policy_loss", "kl", "approx_kl", "clip_fraction", "ratio_mean", "tokens", "loss")
+
 
 def policy_loss(new, old, advantages, clip):
     """PPO's clipped surrogate, negated (arXiv 1707.06347, eq. 7). (tokens,) each -> losses and ratios."""
@@ -406,13 +397,9 @@ def gathered(rollouts, chosen, tokens_per_microbatch, device, *lists):
         yield [rollouts[i] for i in pick], *columns
 
 
-SUMS = ("policy_loss", "kl", "approx_kl", "clip_fraction", "ratio_mean", "tokens", "loss")
-
-
 def policy_gradient(policy, rollouts, chosen, advantages, old_logprobs, ref_logprobs, *, tokens, temperature, clip,
                     kl_coef, tokens_per_microbatch, autocast):
-    """Adds the gradient of a minibatch's loss, the sum over the chosen rollouts divided by `tokens`. Returns SUMS over
-    their response tokens."""
+    """Adds the gradient of the loss summed over the chosen rollouts / `tokens`; returns SUMS over their tokens."""
     sums, device = 0, next(policy.parameters()).device
     for batch, advantage, old, ref in gathered(rollouts, chosen, tokens_per_microbatch, device,
                                                advantages, old_logprobs, ref_logprobs):
@@ -484,7 +471,6 @@ def update(policy, optimizer, rollouts, advantages, *, old_logprobs=None, ref_lo
         raise ValueError(f"kl_coef {kl_coef}: a KL loss needs ref_logprobs, or set it to 0")
     if critic is not None and (critic_optimizer is None or values is None or returns is None):
         raise ValueError("a critic needs critic_optimizer, values and returns: see ppo.critic_advantages")
-
     passes = dict(tokens_per_microbatch=tokens_per_microbatch, autocast=autocast)
     active = [kl_coef > 0 or bool(a.any()) for a in advantages]  # has this rollout a gradient?
     parts, rng = math.ceil(len(rollouts) / minibatch), rng or np.random.default_rng(0)
@@ -492,7 +478,6 @@ def update(policy, optimizer, rollouts, advantages, *, old_logprobs=None, ref_lo
         needed = [i for i, has_gradient in enumerate(active) if has_gradient]
         scores = rollout_logprobs(policy, [rollouts[i] for i in needed], temperature=temperature, **passes)
         old_logprobs = dict(zip(needed, scores))
-
     totals, norms, value_sum, value_tokens, critic_norms, skipped = dict.fromkeys(SUMS, 0.0), [], 0.0, 0, [], 0
     optimizer.zero_grad()
     if critic is not None:
@@ -515,9 +500,8 @@ def update(policy, optimizer, rollouts, advantages, *, old_logprobs=None, ref_lo
                                        **passes)
                 critic_norms.append(step(critic, critic_optimizer, loss, max_grad_norm, "critic"))
                 value_sum, value_tokens = value_sum + loss, value_tokens + tokens
-            for schedule in (scheduler, critic_scheduler):
-                if schedule is not None:
-                    schedule.step()
+            for schedule in filter(None, (scheduler, critic_scheduler)):
+                schedule.step()
 
     metrics = dict(optimizer_steps=len(norms), skipped_minibatches=skipped, tokens_trained=int(totals["tokens"]))
     if norms:
@@ -532,11 +516,8 @@ def update(policy, optimizer, rollouts, advantages, *, old_logprobs=None, ref_lo
     return metrics
 
 
-# ------------------------- benchmark: what the log-prob pass adds to the backbone's own memory and time
-
-
 def plain_logprobs(model, tokens):
-    """The obvious way, as lean as it gets: (batch, time, vocab) logits, log_softmax, gather."""
+    """Benchmark: the obvious way, as lean as it gets: (batch, time, vocab) logits, log_softmax, gather."""
     logits = model(tokens, use_cache=False).logits[:, :-1]
     return logits.float().log_softmax(-1).gather(-1, tokens[:, 1:, None]).squeeze(-1)
 
@@ -568,7 +549,6 @@ def measure(args):
         if args.device == "cuda":
             torch.cuda.synchronize()
         return time.perf_counter() - start
-
     if args.measure == "speed":
         return [[run("plain"), run("token_logprobs")] for _ in range(args.repeats + 1)][1:]  # the first warms up
     run(args.measure)
@@ -593,7 +573,6 @@ def main():
     def child(what):
         command = [sys.executable, *sys.argv, "--measure", what]
         return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
-
     print(f"{args.batch} x {args.time} tokens, vocabulary {args.vocab}, forward and backward: peak of a fresh process")
     peaks = {name: child(name) for name in PASSES}
     added = {name: peak - peaks["backbone"] for name, peak in peaks.items()}
