@@ -306,7 +306,7 @@ def train(args, resume=False):
     before = json.loads((out / "evaluation.json").read_text())["before"]
     row, accuracy, logged = {}, before["greedy"]["accuracy"], (out / "metrics.jsonl").open("a")
 
-    bar = tqdm(range(start, args.iterations), f"{args.algo}/{args.curriculum}", args.iterations, initial=start, unit="it")
+    bar = tqdm(range(start, args.iterations), f"{args.algo}/{args.curriculum}", args.iterations, initial=start)
     for iteration in bar:
         clock, stats, scored = time.perf_counter(), {}, {}
         seconds = dict.fromkeys(("seconds_score", "seconds_rollout", "seconds_credit", "seconds_update"), 0.0)
@@ -345,7 +345,8 @@ def train(args, resume=False):
                 max_steps=args.mc_max_steps, style=args.steps, max_new_tokens=args.max_new_tokens, reuse=args.mc_reuse,
                 score=grade, seed=stream(iteration, next(calls)), **sampling)
             row |= {key: spent[key] for key in ("mc_steps", "mc_filled", "mc_states", "mc_rollouts")}
-            row |= dict(tokens_credit=spent["tokens_generated"], tokens_credit_prefilled=spent["tokens_prefilled"])
+            row |= dict(tokens_credit=spent["tokens_generated"], tokens_credit_prefilled=spent["tokens_prefilled"],
+                        tokens_credit_prompted=spent["tokens_prompted"])  # had each of these rollouts its own prefill
         else:
             advantages = ppo.per_token(rollouts, ppo.group_advantages(rewards, how=args.algo).reshape(-1))
         if args.algo in ("ppo", "vineppo"):
@@ -367,9 +368,9 @@ def train(args, resume=False):
         # 4. measure, log, save
         by_all, by_none, between = shares(rewards)
         used = [len(r.response) for r in rollouts]
-        row = dict(iteration=iteration + 1, reward_mean=float(rewards.mean()), solved_by_all=by_all, solved_by_none=by_none,
-                   learnable=between, response_length=float(np.mean(used)), tokens_generated=sum(used),
-                   finished=float(np.mean([r.finished for r in rollouts])), **row, **seconds)
+        row = dict(iteration=iteration + 1, reward_mean=float(rewards.mean()), solved_by_all=by_all,
+                   solved_by_none=by_none, learnable=between, response_length=float(np.mean(used)),
+                   finished=float(np.mean([r.finished for r in rollouts])), tokens_generated=sum(used), **row, **seconds)
         # Responses sampled to choose the questions and not trained on; lilo trains on some of those it scores.
         row["tokens_scored"] = scored.get("tokens_generated", 0) - (sum(used) if not stats else 0)
         if (iteration + 1) % args.eval_every == 0 or iteration + 1 == args.iterations:
@@ -390,7 +391,7 @@ def train(args, resume=False):
 
 
 def fitting(args, tokenizer, policy, questions, which):
-    """(questions, prompts). One that does not fit the context with a response: ValueError, or with --skip_long left out."""
+    """(questions, prompts). One that does not fit the context: ValueError, or with --skip_long it is left out."""
     limit = min(args.context, getattr(policy.config, "max_position_embeddings", None) or args.context)
     prompts = evaluation.encode_prompts(tokenizer, questions, chat=args.chat)
     long = [i for i, prompt in enumerate(prompts) if len(prompt) + args.max_new_tokens > limit]
@@ -400,9 +401,10 @@ def fitting(args, tokenizer, policy, questions, which):
                          "--max_new_tokens, raise --context if the model allows it, or pass --skip_long")
     keep = sorted(set(range(len(prompts))) - set(long))
     if not keep:
-        raise ValueError(f"no {which} question fits the context of {limit} with --max_new_tokens {args.max_new_tokens}: lower it")
+        raise ValueError(f"no {which} question fits the context of {limit} with --max_new_tokens {args.max_new_tokens}: "
+                         "lower it")
     if long:
-        print(f"left out {len(long)} of {len(prompts)} {which} questions that do not fit {limit} tokens", file=sys.stderr)
+        print(f"left out {len(long)} of {len(prompts)} {which} questions, too long for {limit} tokens", file=sys.stderr)
     return [questions[i] for i in keep], [prompts[i] for i in keep]
 
 
@@ -425,8 +427,8 @@ def check_sizes(args, size):
 
 
 def save(out, iteration, policy, tokenizer, rng, state, critic, optimizers):
-    """state/training.pt holds everything a resume needs, the weights that belong to it too: one file, renamed over the old
-    one, so that an interrupted save leaves the previous checkpoint. The critic lies beside it for `vineppo.py` to read."""
+    """state/training.pt holds everything a resume needs, the weights that belong to it too: one file, renamed over the
+    old one, so that an interrupted save leaves the previous checkpoint. The critic lies beside it for vineppo.py."""
     (out / "state").mkdir(exist_ok=True)
     loop = dict(iteration=iteration, rng=rng.bit_generator.state, curriculum=state)
     torch.save(dict(loop=json.dumps(loop), policy=policy.state_dict(), critic=critic and critic.state_dict(),
@@ -446,7 +448,8 @@ def load_state(out, rng, state, policy, critic, optimizers):
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise ValueError(f"--resume {out}: no usable {out / 'state' / 'training.pt'} "
                          f"({evaluation.first_line(error)}): start anew with --out") from error
-    for thing, saved in zip((policy, critic, *optimizers), (training["policy"], training["critic"], *training["optimizers"])):
+    states = training["policy"], training["critic"], *training["optimizers"]
+    for thing, saved in zip((policy, critic, *optimizers), states):
         if thing is not None:
             thing.load_state_dict(saved)
     rng.bit_generator.state = loop["rng"]
@@ -493,17 +496,21 @@ def report(runs, path):
     for run in runs:
         rows = evaluation.read_run(run)
         try:
-            sampled = {when: result["sampled"] for when, result in json.loads(Path(run, "evaluation.json").read_text()).items()}
+            results = json.loads(Path(run, "evaluation.json").read_text())
+            sampled = {when: result["sampled"] for when, result in results.items()}
         except (OSError, ValueError) as error:
-            raise ValueError(f"{run} holds no readable evaluation.json ({evaluation.first_line(error)}): was it made by sfl.py?") from error
+            raise ValueError(f"{run} holds no readable evaluation.json ({evaluation.first_line(error)}): "
+                             "was it made by sfl.py?") from error
         data.append((Path(run).resolve().name, rows, sampled))
     figure, axes = plt.subplots(len(runs), 2, figsize=(10, 2.6 * len(runs) + 0.6), squeeze=False)
     print(f"{'run':<36} {'questions solved by':>20} all   none  some    held-out: all   none  some")
     for (name, rows, sampled), (left, right) in zip(data, axes):
         iterations = [row["iteration"] for row in rows]
         parts = [np.array([row[key] for row in rows]) for key in ("solved_by_none", "learnable", "solved_by_all")]
-        left.stackplot(iterations, *parts, labels=("none", "some: learnable", "all"), colors=("#CCCCCC", "#D55E00", "#0072B2"))
-        left.set(title=f"{name}: training questions", xlabel="iteration", ylabel="share solved by", ylim=(0, 1), xlim=(1, max(2, len(rows))))
+        left.stackplot(iterations, *parts, labels=("none", "some: learnable", "all"),
+                       colors=("#CCCCCC", "#D55E00", "#0072B2"))
+        left.set(title=f"{name}: training questions", xlabel="iteration", ylabel="share solved by", ylim=(0, 1),
+                 xlim=(1, max(2, len(rows))))
         left.legend(loc="lower left", fontsize=8)
         for i, (when, result) in enumerate(sampled.items()):
             success, k = np.array(result["success"]), result["samples"]
@@ -512,7 +519,8 @@ def report(runs, path):
             thirds = [(success == 1).mean(), (success == 0).mean(), ((success > 0) & (success < 1)).mean()]
             for phase, part in (("first", rows[: max(1, len(rows) // 10)]), ("last", rows[-max(1, len(rows) // 10) :])):
                 if (phase == "first") == (when == "before"):
-                    mean = [np.mean([row[key] for row in part]) for key in ("solved_by_all", "solved_by_none", "learnable")]
+                    keys = ("solved_by_all", "solved_by_none", "learnable")
+                    mean = [np.mean([row[key] for row in part]) for key in keys]
                     print(f"{name if i == 0 else '':<36} {phase + ' tenth':>20} " + " ".join(f"{x:5.2f}" for x in mean)
                           + f"   {when:>8}:  " + " ".join(f"{x:5.2f}" for x in thirds))
         right.set(title="held-out questions", xlabel=f"successes in {k} attempts", ylabel="share of questions")
@@ -539,17 +547,18 @@ def add_flag(parser, name, kind, text):
 
 def parse(argv=None):
     """(args, resume). Flags that were not given take the data set's defaults, or on --resume the run's own settings."""
-    parser = argparse.ArgumentParser(description="Sampling for learnability: RL on the questions a model can almost answer.",
-                                     allow_abbrev=False)
-    parser.add_argument("--resume", metavar="DIR", help="go on with the run in this folder, exactly where its checkpoint stopped")
-    parser.add_argument("--report", nargs="+", metavar="RUN", help="draw what these runs' questions were solved by, and stop")
+    parser = argparse.ArgumentParser(allow_abbrev=False, description="Sampling for learnability: RL on the questions a model "
+                                                                     "can almost answer.")
+    parser.add_argument("--resume", metavar="DIR", help="go on with this run, exactly where its checkpoint stopped")
+    parser.add_argument("--report", nargs="+", metavar="RUN", help="draw what these runs' questions were solved by")
     for name, (kind, default, text) in EVERYWHERE.items():
         add_flag(parser, name, kind, text + ("" if default in (None, False) else f" (default {default})"))
     for name, (kind, small, large, text) in SETTINGS.items():
         default = f" (default {small}" + (")" if small == large else f"; other data sets {large})")
         add_flag(parser, name, kind, text + ("" if small is None or kind is bool else default))
     given = evaluation.parse_args(parser, argv)
-    flags = {name: value for name, value in vars(given).items() if value is not None and name not in ("resume", "report")}
+    flags = {name: value for name, value in vars(given).items() if value is not None}
+    flags.pop("resume", None), flags.pop("report", None)
     if given.report:
         return argparse.Namespace(report=given.report, out=given.out), False
     if given.resume:
@@ -564,7 +573,8 @@ def parse(argv=None):
     if args.out is None:  # a new folder each time: nothing is overwritten
         args.out = next(f"{name}-{i}" for i in itertools.count(1) if not Path(f"{name}-{i}").exists())
     elif Path(args.out).exists() and (not Path(args.out).is_dir() or any(Path(args.out).iterdir())):
-        raise ValueError(f"--out {args.out} holds something already: go on with it by --resume {args.out}, or give another --out")
+        raise ValueError(f"--out {args.out} holds something already: go on with that run by --resume {args.out}, or give "
+                         "another --out")
     return args, False
 
 
@@ -575,8 +585,8 @@ def resumed(out, flags):
         raise ValueError(f"--resume {out}: no run there ({evaluation.first_line(error)})") from error
     for name, value in flags.items():
         if name not in CHANGEABLE and saved.get(name) != value:
-            raise ValueError(f"--{name} {value} cannot change on --resume (the run has {saved.get(name)}): leave it out, or "
-                             f"start a new run with --out; these can: {', '.join(sorted(CHANGEABLE))}")
+            raise ValueError(f"--{name} {value} cannot change on --resume (the run has {saved.get(name)}): leave it out, "
+                             f"or start a new run with --out; these can: {', '.join(sorted(CHANGEABLE))}")
     args = argparse.Namespace(**saved | flags | {"out": str(out)})
     check_values(args)
     return args
@@ -604,7 +614,7 @@ def check_values(args):
     if args.model == "tiny" and args.dataset != "arithmetic":
         raise ValueError(f"--model tiny knows only arithmetic, not {args.dataset!r}: give --model a hub id or a folder")
     if args.engine not in ("slots", "hf") or args.dtype not in ("auto", "float32", "bfloat16"):
-        raise ValueError(f"--engine {args.engine} must be slots or hf, and --dtype {args.dtype} auto, float32 or bfloat16")
+        raise ValueError(f"--engine {args.engine} must be slots or hf, --dtype {args.dtype} auto, float32 or bfloat16")
 
 
 def main(argv=None):
@@ -616,7 +626,7 @@ def main(argv=None):
         before, after = train(args, resume)
     except KeyboardInterrupt:
         saved = Path(args.out, "state", "training.pt").exists()
-        print("\ninterrupted; " + (f"go on from the last checkpoint with --resume {args.out}" if saved else "nothing was saved"),
+        print("\ninterrupted: " + (f"go on from the last checkpoint with --resume {args.out}" if saved else "nothing saved"),
               file=sys.stderr)
         sys.exit(130)
     print(summary(Path(args.out), before, after))
