@@ -3,6 +3,7 @@
     python tests/experiments.py tune          # uniform's learning rate, chosen before the curricula are compared
     python tests/experiments.py curricula     # uniform, its compute-matched forms, sfl, lilo, posterior; ppo and grpo
     python tests/experiments.py credit        # ppo, vineppo and grpo on the same curriculum
+    python tests/experiments.py cost          # an iteration of ppo, vineppo, vineppo --mc_reuse: seconds and tokens
     python tests/experiments.py theory        # improvement after one small step on a question against its learnability
 
 An arm's runs differ in --seed alone. The goal is the final accuracy of the first arm (mean of its seeds over the last three
@@ -124,6 +125,29 @@ def compare(title, arms, out):
     print(f"\nwrote {out}")
 
 
+def cost(model, runs, repeats=3):
+    """Seconds and tokens of an iteration of PPO and VinePPO from one checkpoint, on one thread, in alternating runs."""
+    arms = {"ppo": ["--algo", "ppo"], "vineppo": ["--algo", "vineppo"], "vineppo --mc_reuse": ["--algo", "vineppo", "--mc_reuse"]}
+    common = ["--curriculum", "uniform", "--model", str(Path(model, "model") if Path(model, "model").exists() else model),
+              "--iterations", "6", "--eval_limit", "32", "--lr", "0"]
+    seconds, rows = {name: [] for name in arms}, {}
+    for repeat in range(repeats):
+        for name, flags in arms.items():
+            folder = runs / f"cost-{name.replace(' --', '-')}-{repeat}"
+            execute({folder: [*common, *flags, "--seed", str(repeat)]}, 1)
+            rows[name] = evaluation.read_run(folder)[1:]  # the first iteration warms up
+            seconds[name].append(np.mean([sum(row[key] for key in evaluation.SECONDS) for row in rows[name]]))
+    print("| an iteration of | seconds: min / median / max | ratio to ppo | tokens generated | of them for credit | prefilled for "
+          "credit | had each rollout its own prefill |\n|---|---|---|---|---|---|---|")
+    for name in arms:
+        ratio = np.median(np.array(seconds[name]) / seconds["ppo"])
+        mean = {key: np.mean([row.get(key, 0) for row in rows[name]])
+                for key in ("tokens_generated", "tokens_credit", "tokens_credit_prefilled", "tokens_credit_prompted")}
+        print(f"| {name} | {min(seconds[name]):.2f} / {np.median(seconds[name]):.2f} / {max(seconds[name]):.2f} | {ratio:.2f} | "
+              f"{mean['tokens_generated'] + mean['tokens_credit']:,.0f} | {mean['tokens_credit']:,.0f} | "
+              f"{mean['tokens_credit_prefilled']:,.0f} | {mean['tokens_credit_prompted']:,.0f} |")
+
+
 def theory(model, out, questions=96, rollouts=512, lr=0.02, seed=0):
     """LILO's theorem on real steps. From one checkpoint, for each question alone: the policy gradient of its success from
     `rollouts` responses, one small step of plain gradient ascent, and the change of its success, measured on as many other
@@ -187,12 +211,12 @@ def theory(model, out, questions=96, rollouts=512, lr=0.02, seed=0):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], epilog=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("tune", "curricula", "credit", "theory"))
+    parser.add_argument("what", choices=("tune", "curricula", "credit", "cost", "theory"))
     parser.add_argument("--algos", nargs="+", default=["ppo", "grpo"])
     parser.add_argument("--arms", nargs="+", default=list(CURRICULA), help="of the curricula")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--lrs", nargs="+", default=["1e-4", "2e-4", "4e-4"], help="tune: learning rates of the policy")
-    parser.add_argument("--model", help="theory: a run or model (default: the tiny base)")
+    parser.add_argument("--model", help="theory, cost: a run or model (default: the tiny base)")
     parser.add_argument("--runs", default="runs/experiments", help="where the runs are kept")
     parser.add_argument("--out", default="runs/experiments", help="where the figures go")
     parser.add_argument("--workers", type=int, default=2, help="runs at a time, one thread each")
@@ -203,6 +227,9 @@ def main():
     runs, out = Path(args.runs), Path(args.out)
     if args.what == "theory":
         theory(args.model or base, out / "theory.png")
+        return
+    if args.what == "cost":
+        cost(args.model or base, runs)
         return
     groups = {}  # title -> {arm: flags}
     for algo in args.algos:
