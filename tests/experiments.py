@@ -6,9 +6,10 @@
     python tests/experiments.py cost          # an iteration of ppo, vineppo, vineppo --mc_reuse: seconds and tokens
     python tests/experiments.py theory        # improvement after one small step on a question against its learnability
 
-An arm's runs differ in --seed alone. The goal is the final accuracy of the first arm (mean of its seeds over the last three
-evaluations); what an arm needed is read where the mean of three evaluations in a row first reaches it. Tokens and seconds
-count everything but evaluation: scoring, rollouts, credit, update. Tables go to stdout, figures to --out.
+Flags after `--` go to every run of sfl.py. An arm's runs differ in --seed alone. The goal is the final accuracy of the first arm (mean of its seeds over the last three
+evaluations), and 9/10 is nine tenths of the way there; what an arm needed is read where the mean of three evaluations in a row
+first reaches it. Tokens and seconds count everything but evaluation: scoring, rollouts, credit, update. "learnable": the share
+of the training questions that some but not all responses solved. Tables go to stdout, figures to --out.
 """
 
 import argparse
@@ -95,16 +96,15 @@ def compare(title, arms, out):
     most = start + 0.9 * (goal - start)
     print(f"\n{title}: {len(first)} seeds. Goal: {goal:.3f}, the final accuracy of `{next(iter(runs))}`; it starts at {start:.3f}, and "
           f"{most:.3f} is nine tenths of the way.\n")
-    print("| arm | final accuracy | iterations to 9/10 | iterations to the goal | 1,000 tokens | seconds | learnable in the batch |")
+    print("| arm | final accuracy | iterations to the goal | iterations to 9/10 | 1,000 tokens to 9/10 | seconds to 9/10 | learnable |")
     print("|---|---|---|---|---|---|---|")
     for name, group in runs.items():
         final = spread([run["accuracy"][-3:].mean() for run in group], 3)
-        near = spread([reached(run, most, "iteration") for run in group])
-        needed = spread([reached(run, goal, "iteration") for run in group])
-        tokens = spread([t / 1000 if (t := reached(run, goal, "tokens")) is not None else None for run in group])
-        seconds = spread([reached(run, goal, "seconds") for run in group])
+        whole = spread([reached(run, goal, "iteration") for run in group])
+        near = {what: [reached(run, most, what) for run in group] for what in ("iteration", "tokens", "seconds")}
+        tokens = spread([None if t is None else t / 1000 for t in near["tokens"]])
         learnable = np.mean([run["learnable"] for run in group])
-        print(f"| {name} | {final} | {near} | {needed} | {tokens} | {seconds} | {learnable:.0%} |")
+        print(f"| {name} | {final} | {whole} | {spread(near['iteration'])} | {tokens} | {spread(near['seconds'])} | {learnable:.0%} |")
     figure, axes = plt.subplots(1, 3, figsize=(11, 3.4), sharey=True)
     for ax, what, scale in zip(axes, ("iteration", "tokens", "seconds"), (1, 1e-3, 1)):
         for color, (name, group) in zip(evaluation.COLORS, runs.items()):
@@ -148,7 +148,7 @@ def cost(model, runs, repeats=3):
               f"{mean['tokens_credit_prefilled']:,.0f} | {mean['tokens_credit_prompted']:,.0f} |")
 
 
-def theory(model, out, questions=96, rollouts=512, lr=0.02, seed=0):
+def theory(model, out, questions=72, rollouts=384, lr=0.0003, seed=0):
     """LILO's theorem on real steps. From one checkpoint, for each question alone: the policy gradient of its success from
     `rollouts` responses, one small step of plain gradient ascent, and the change of its success, measured on as many other
     responses drawn before the step: E[(ratio - 1)(R - p)], ratio = new / old probability of the response (its
@@ -170,8 +170,8 @@ def theory(model, out, questions=96, rollouts=512, lr=0.02, seed=0):
         groups = generate(policy, [prompts[i] for i in indices], n=n, max_new_tokens=96, stop_ids=stops, seed=seed)
         return groups, evaluation.rewards(tokenizer, [pool[i] for i in indices], groups)
     score = sfl.learnability(attempt(range(len(pool)), 16, seed)[1].sum(1), 16)
-    order = np.argsort(score)  # evenly over the range of learnability, not over the questions, most of which have none
-    chosen = order[np.unique(np.searchsorted(score[order], np.linspace(0, score.max(), questions)).clip(max=len(order) - 1))]
+    rng, values = np.random.default_rng(seed), np.unique(score)  # evenly over learnability: most questions have none
+    chosen = np.concatenate([rng.permutation(np.flatnonzero(score == v))[: questions // len(values)] for v in values])
     weights = [p.detach().clone() for p in policy.parameters()]
     x, y = [], []
     for number, i in enumerate(tqdm(chosen, desc="theory", unit="question")):
@@ -193,16 +193,21 @@ def theory(model, out, questions=96, rollouts=512, lr=0.02, seed=0):
         with torch.no_grad():
             for weight, start in zip(policy.parameters(), weights):
                 weight.copy_(start)
-    x, y = np.array(x), np.array(y)
-    slope, r = (x @ y) / (x @ x), np.corrcoef(x, y)[0, 1]
-    low, high = np.percentile([np.corrcoef(x[pick], y[pick])[0, 1] for pick in np.random.default_rng(0).integers(0, len(x), (2000, len(x)))],
-                              [2.5, 97.5])
-    print(f"{len(x)} questions, {rollouts} + {rollouts} responses each, step {lr}: correlation of the improvement with p(1 - p) {r:.3f} "
-          f"(95% bootstrap {low:.3f} to {high:.3f}); line through the origin {slope:.4f}")
-    figure, ax = plt.subplots(figsize=(4.6, 3.6))
-    ax.scatter(x, y, s=14, color="#0072B2")
-    ax.plot([0, 0.25], [0, 0.25 * slope], color="#D55E00", linewidth=1.2)
-    ax.set(xlabel="learnability p(1 - p) before the step", ylabel="improvement in p", title=f"one step on one question, r = {r:.2f}")
+    x, y, level = np.array(x), np.array(y), np.array([pool[i].level for i in chosen])
+    figure, ax = plt.subplots(figsize=(4.8, 3.6))
+    for name, here, color in (("all", level > 0, None), ("one step", level == 1, "#D55E00"), ("several steps", level > 1, "#0072B2")):
+        picks = np.random.default_rng(0).integers(0, here.sum(), (2000, here.sum()))
+        low, high = np.nanpercentile([np.corrcoef(x[here][p], y[here][p])[0, 1] for p in picks], [2.5, 97.5])
+        ranks = [np.argsort(np.argsort(v[here])) for v in (x, y)]
+        print(f"{name:<14} {here.sum():3d} questions: correlation of the improvement with p(1 - p) {np.corrcoef(x[here], y[here])[0, 1]:.2f} "
+              f"(95% bootstrap {low:.2f} to {high:.2f}), of their ranks {np.corrcoef(*ranks)[0, 1]:.2f}")
+        if color:
+            slope = (x[here] @ y[here]) / (x[here] @ x[here])
+            ax.scatter(x[here], y[here], s=14, color=color, label=name)
+            ax.plot([0, x[here].max()], [0, slope * x[here].max()], color=color, linewidth=1)
+    print(f"({rollouts} + {rollouts} responses to each, step {lr})")
+    ax.set(xlabel="learnability p(1 - p) before the step", ylabel="improvement in p", title="one small step on one question")
+    ax.legend(frameon=False)
     ax.spines[["top", "right"]].set_visible(False)
     figure.tight_layout()
     figure.savefig(out, dpi=140)
@@ -220,8 +225,8 @@ def main():
     parser.add_argument("--runs", default="runs/experiments", help="where the runs are kept")
     parser.add_argument("--out", default="runs/experiments", help="where the figures go")
     parser.add_argument("--workers", type=int, default=2, help="runs at a time, one thread each")
-    parser.add_argument("flags", nargs="*", help="after --: further flags of sfl.py for all runs")
-    args = parser.parse_args()
+    end = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)  # what follows is for all runs of sfl.py
+    args, flags = parser.parse_args(sys.argv[1:end]), sys.argv[end + 1 :]
     import sft
     base = str(sft.tiny_base("runs/cache"))
     runs, out = Path(args.runs), Path(args.out)
@@ -244,7 +249,7 @@ def main():
         for arm in arms:  # credit's runs are the curricula's uniform ones
             name = f"{arm}-uniform" if group == "credit" else f"{group}-{arm.replace(', ', '-').replace(' ', '-')}"
             places[group, arm] = [runs / f"{name}-seed{seed}" for seed in range(args.seeds)]
-    execute({folder: [*groups[group][arm], *args.flags, "--seed", str(seed)] for seed in range(args.seeds)
+    execute({folder: [*groups[group][arm], *flags, "--seed", str(seed)] for seed in range(args.seeds)
              for (group, arm), folders in places.items() for folder in [folders[seed]]}, args.workers)
     for group, arms in groups.items():
         compare(group, {arm: places[group, arm] for arm in arms}, out / f"{group}.png")
