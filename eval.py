@@ -154,7 +154,7 @@ def gsm8k_from_hub(split):
         rows = load_dataset("openai/gsm8k", "main", split=split)
     except Exception as error:  # offline, a proxy, a full disk: each has a type of its own, all have one way out
         raise ValueError(f"cannot get openai/gsm8k from the hub ({first_line(error)}): give --data-dir a folder with "
-                         f"train.jsonl and test.jsonl") from error
+                         f"train.jsonl and test.jsonl, and --model a local folder") from error
     return [(f"openai/gsm8k {split}, row {i}", row) for i, row in enumerate(rows)]
 
 
@@ -573,7 +573,7 @@ def plot(runs, out):
     for ax, label in zip(axes[-1], COLUMNS.values()):
         ax.set(xlabel=label)
     for ax, label in zip(axes[:, 0], ROWS.values()):
-        ax.set(ylabel=label, ylim=(0, None))  # once all is drawn: a row shares its limits
+        ax.set(ylabel=label, ylim=(None if ax is axes[0, 0] else 0, None))  # once all is drawn: a row shares its limits
     figure.align_ylabels()
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="upper center", ncols=min(4, len(runs)), frameon=False)
     figure.tight_layout(rect=(0, 0, 1, 0.97 - 0.02 * ((len(runs) - 1) // 4)))

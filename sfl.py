@@ -261,12 +261,13 @@ def train(args, resume=False):
     half = torch.bfloat16 if args.dtype == "bfloat16" or (args.dtype == "auto" and device.startswith("cuda")) else None
     questions = evaluation.load_questions(args.dataset, "train", data_dir=args.data_dir)
     held_out = evaluation.load_questions(args.dataset, "test", data_dir=args.data_dir, limit=args.eval_limit)
+    check_sizes(args, len(questions))  # before the work of making or loading a model
     base = sft.tiny_base(args.cache) if args.model == "tiny" else args.model
     policy, tokenizer = evaluation.load_model(out if resume else base, device=device)
     stops = evaluation.stop_ids(policy, tokenizer)
     questions, prompts = fitting(args, tokenizer, policy, questions, "training")
     held_out, _ = fitting(args, tokenizer, policy, held_out, "held-out")
-    check_sizes(args, len(questions))
+    check_sizes(args, len(questions))  # some may have been left out
     for model in (policy,) if args.gradient_checkpointing else ():
         model.gradient_checkpointing_enable()
     critic = ppo.ValueModel(policy) if args.algo == "ppo" else None

@@ -96,15 +96,17 @@ def compare(title, arms, out):
     most = start + 0.9 * (goal - start)
     print(f"\n{title}: {len(first)} seeds. Goal: {goal:.3f}, the final accuracy of `{next(iter(runs))}`; it starts at {start:.3f}, and "
           f"{most:.3f} is nine tenths of the way.\n")
-    print("| arm | final accuracy | iterations to the goal | iterations to 9/10 | 1,000 tokens to 9/10 | seconds to 9/10 | learnable |")
+    print("| arm | final accuracy | iterations to the goal | iterations to 9/10 | 1,000 tokens to 9/10 | time to 9/10 | learnable |")
     print("|---|---|---|---|---|---|---|")
+    unit = np.mean([s for run in first if (s := reached(run, most, "seconds"))])  # machines differ: times are ratios to the first arm
     for name, group in runs.items():
         final = spread([run["accuracy"][-3:].mean() for run in group], 3)
         whole = spread([reached(run, goal, "iteration") for run in group])
         near = {what: [reached(run, most, what) for run in group] for what in ("iteration", "tokens", "seconds")}
         tokens = spread([None if t is None else t / 1000 for t in near["tokens"]])
+        relative = spread([None if t is None else t / unit for t in near["seconds"]], 2)
         learnable = np.mean([run["learnable"] for run in group])
-        print(f"| {name} | {final} | {whole} | {spread(near['iteration'])} | {tokens} | {spread(near['seconds'])} | {learnable:.0%} |")
+        print(f"| {name} | {final} | {whole} | {spread(near['iteration'])} | {tokens} | {relative} | {learnable:.0%} |")
     figure, axes = plt.subplots(1, 3, figsize=(11, 3.4), sharey=True)
     for ax, what, scale in zip(axes, ("iteration", "tokens", "seconds"), (1, 1e-3, 1)):
         for color, (name, group) in zip(evaluation.COLORS, runs.items()):
@@ -137,13 +139,13 @@ def cost(model, runs, repeats=3):
             execute({folder: [*common, *flags, "--seed", str(repeat)]}, 1)
             rows[name] = evaluation.read_run(folder)[1:]  # the first iteration warms up
             seconds[name].append(np.mean([sum(row[key] for key in evaluation.SECONDS) for row in rows[name]]))
-    print("| an iteration of | seconds: min / median / max | ratio to ppo | tokens generated | of them for credit | prefilled for "
-          "credit | had each rollout its own prefill |\n|---|---|---|---|---|---|---|")
+    print("| an iteration of | time, ppo = 1: min / median / max | tokens generated | of them for credit | prefilled for "
+          "credit | had each rollout its own prefill |\n|---|---|---|---|---|---|")
     for name in arms:
-        ratio = np.median(np.array(seconds[name]) / seconds["ppo"])
+        ratios = np.array(seconds[name]) / seconds["ppo"]
         mean = {key: np.mean([row.get(key, 0) for row in rows[name]])
                 for key in ("tokens_generated", "tokens_credit", "tokens_credit_prefilled", "tokens_credit_prompted")}
-        print(f"| {name} | {min(seconds[name]):.2f} / {np.median(seconds[name]):.2f} / {max(seconds[name]):.2f} | {ratio:.2f} | "
+        print(f"| {name} | {ratios.min():.2f} / {np.median(ratios):.2f} / {ratios.max():.2f} | "
               f"{mean['tokens_generated'] + mean['tokens_credit']:,.0f} | {mean['tokens_credit']:,.0f} | "
               f"{mean['tokens_credit_prefilled']:,.0f} | {mean['tokens_credit_prompted']:,.0f} |")
 
