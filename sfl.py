@@ -93,7 +93,7 @@ SETTINGS = dict(
     mc_reuse=(bool, False, False, "vineppo: let the responses at hand count as estimates of their question's value"),
     steps=(("lines", "math"), "lines", "lines", "vineppo: how a response is cut into steps"),
     # cost
-    tokens_per_microbatch=(int, 1024, 16384, "padded tokens in one forward and backward; lower it if memory runs out"),
+    tokens_per_microbatch=(int, 2048, 16384, "padded tokens in one forward and backward; lower it if memory runs out"),
     gradient_checkpointing=(bool, False, False, "recompute activations in the backward pass: slower, far less memory"),
     slots=(int, None, None, "sequences decoded at once (default: by free memory)"),
     # evaluation and checkpoints

@@ -34,7 +34,7 @@ def ours(model, tokenizer, prompts, algo):
     policy, stops = copy.deepcopy(model), [tokenizer.eos_token_id]
     critic = ppo.ValueModel(policy) if algo == "ppo" else None
     optimizers = [torch.optim.AdamW(m.parameters(), lr=1e-6) for m in (policy, critic) if m is not None]
-    passes, calls = dict(tokens_per_microbatch=1024), iter(range(10**9))
+    passes, calls = dict(tokens_per_microbatch=2048), iter(range(10**9))
 
     def iteration():
         start, seed = time.perf_counter(), next(calls)
