@@ -463,7 +463,7 @@ def mean_and_se(values):
 
 
 def evaluate(model, tokenizer, questions, *, samples=1, temperature=0.0, top_p=1.0, max_new_tokens=256, chat="auto",
-             seed=0, progress=False, engine="slots", slots=None, last_number=False):
+             seed=0, progress=False, engine="slots", slots=None, dtype=None, last_number=False):
     """Sample `samples` responses a question (by default one, greedy) and measure them. Returns a dict:
 
     n (questions), samples, accuracy and accuracy_se (each question's share of right samples, averaged), by_level
@@ -477,7 +477,7 @@ def evaluate(model, tokenizer, questions, *, samples=1, temperature=0.0, top_p=1
         raise ValueError(f"samples={samples} at temperature={temperature}: need 1 or more, and for more a temperature")
     groups = generate(model, encode_prompts(tokenizer, questions, chat=chat), n=samples, max_new_tokens=max_new_tokens,
                       temperature=temperature, top_p=top_p, stop_ids=stop_ids(model, tokenizer), seed=seed,
-                      progress=progress, engine=engine, slots=slots)
+                      progress=progress, engine=engine, slots=slots, dtype=dtype)
     graded = rewards(tokenizer, questions, groups, last_number=last_number)  # (questions, samples)
     success = graded.mean(1)
     measures = {"accuracy": success}

@@ -292,8 +292,8 @@ def train(args, resume=False):
         """Greedy accuracy on the held-out questions; with samples, their success rates at the training temperature."""
         settings = dict(samples=samples, temperature=args.temperature, top_p=args.top_p) if samples > 1 else {}
         return evaluation.evaluate(policy, tokenizer, held_out, max_new_tokens=args.max_new_tokens, chat=args.chat,
-                                   seed=args.seed, engine=args.engine, slots=args.slots, last_number=args.last_number,
-                                   **settings)
+                                   seed=args.seed, engine=args.engine, slots=args.slots, dtype=half,
+                                   last_number=args.last_number, progress=sampling["progress"], **settings)
 
     grade = functools.partial(evaluation.rewards, last_number=args.last_number)
 
