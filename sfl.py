@@ -305,7 +305,7 @@ def train(args, resume=False):
         (out / "evaluation.json").write_text(json.dumps(dict(before=before)) + "\n")
         save(out, 0, policy, tokenizer, rng, state, critic, optimizers)
     before = json.loads((out / "evaluation.json").read_text())["before"]
-    row, accuracy, logged = {}, before["greedy"]["accuracy"], (out / "metrics.jsonl").open("a")
+    result, accuracy, logged = None, before["greedy"]["accuracy"], (out / "metrics.jsonl").open("a")
 
     bar = tqdm(range(start, args.iterations), f"{args.algo}/{args.curriculum}", args.iterations, initial=start)
     for iteration in bar:
@@ -386,7 +386,7 @@ def train(args, resume=False):
         bar.set_postfix(reward=f"{row['reward_mean']:.2f}", learnable=f"{between:.2f}", accuracy=f"{accuracy:.3f}",
                         length=f"{row['response_length']:.0f}")
     logged.close()
-    after = dict(greedy=evaluate(), sampled=evaluate(samples=8))
+    after = dict(greedy=result or evaluate(), sampled=evaluate(samples=8))  # the last iteration has just evaluated
     (out / "evaluation.json").write_text(json.dumps(dict(before=before, after=after)) + "\n")
     return before, after
 

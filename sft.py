@@ -10,10 +10,10 @@ will meet them: a response continues the prompt's tokens, it never merges with t
 THE TINY BASE MODEL is made so that there is something for RL to find. Real base models can reason step by step and mostly
 don't, because much of what they read jumps to the conclusion. So it learns in two stages:
 
-    1. worked solutions (`37+5=42`, `42-8=34`, `#### 34`) of chains of up to TINY_LEVELS steps, until each single step is
-       nearly always right;
-    2. a short stage in which most demonstrations are terse, `#### 34` alone, as hurried people write. Now its habit is to
-       guess: right for one step, hopeless beyond, although working it out would succeed.
+    1. worked solutions (`37+5=42`, `42-8=34`, `#### 34`) of chains of two steps or more (TINY_LEVELS), and mostly terse
+       ones, `#### 42` alone, of single steps, until each step is nearly always right;
+    2. a shorter stage in which most demonstrations of all lengths are terse, as hurried people write. Now its habit is to
+       jump to the answer: right for one step, hopeless beyond, although working it out would succeed.
 
 RL cannot teach it arithmetic; it can find out that the other form pays. (That RL after a mixture of long and short
 demonstrations grows the responses and the accuracy is the subject of arXiv 2510.11495.)
