@@ -1,148 +1,256 @@
-"""Train a language model on the questions it can almost answer: sampling for learnability (SFL), the main script.
+"""Train a language model on the questions it can almost answer: sampling for learnability (SFL).
 
-    python sfl.py                                                       # arithmetic, a tiny model, PPO: minutes on CPU
-    python sfl.py --algo ppo --dataset gsm8k --model HUB_ID_OR_DIR      # the papers' settings, on a GPU
-    python sfl.py --algo grpo --curriculum uniform --out runs/uniform   # a baseline to compare with
-    python sfl.py --report runs/uniform runs/sfl                        # what was solved by all, by none, between
+    python sfl.py                                                # a tiny model, minutes on a CPU
+    python sfl.py --algo ppo --dataset gsm8k --model HUB_ID_OR_DIR      # the papers' settings
+    python sfl.py --algo grpo --curriculum uniform --out runs/uniform   # a baseline
 
-A policy samples n responses to a question and each is graded 0 or 1. If all are right or all are wrong there is nothing
-to compare, and every policy-gradient method learns next to nothing from them. What teaches is the variance of success,
+A policy samples n responses to a question and each is graded 0 or 1. If all are right or all are
+wrong there is nothing to compare, and every policy-gradient method learns next to nothing from
+them. What teaches is the variance of success,
 
-    learnability = p (1 - p)                                    p: the policy's success rate on the question
+    learnability = p (1 - p)                     p: the policy's success rate on the question
 
-zero where the model always fails, zero where it always succeeds, largest where it succeeds half of the time. SFL
-(arXiv 2502.12272) samples questions by it; LILO shows that the expected improvement from a question grows linearly with
-it. One iteration of training, here from top to bottom:
+zero where the model always fails, zero where it always succeeds, largest where it succeeds half of
+the time. SFL (arXiv 2502.12272, after 2408.15099) samples questions by it; LILO shows that the
+expected improvement from a question grows linearly with it. Three questions, eight responses each:
+
+    12+7            1 1 1 1 1 1 1 1    learnability 0       known
+    12+7-5+9        0 1 0 0 1 0 0 0    0.21                 almost: train on this one
+    12+7-5+9-...    0 0 0 0 0 0 0 0    0                    out of reach
+
+One iteration of training, `train` from top to bottom:
 
     questions --choose--> prompts --rollout.generate--> rollouts --eval.rewards--> rewards
         ^                                                                            |
         +--- learnability <--- successes      policy <--ppo.update-- advantages <----+
-                                              (ppo: critic + GAE; vineppo: Monte Carlo; grpo, rloo: the group)
+                                              (ppo: critic; vineppo: Monte Carlo; grpo, rloo: group)
 
-The curricula differ in nothing but the choice of questions:
-
-    uniform    all questions alike
-    sfl        every T iterations score N candidates with L responses each and buffer the K most learnable; a share rho
-               of each batch comes from the buffer, the rest is uniform
-    lilo       draw questions until enough of them turned out learnable, and train on the very responses that showed it
-    posterior  no scoring at all: a Beta posterior of each question's success, from the training rollouts it has had, says
-               which are learnable
+The curricula differ in nothing but the choice of questions: `uniform` takes all alike; `sfl` scores
+candidates now and then and buffers the most learnable; `lilo` and `dapo` draw more than they need
+and train on those that turn out learnable; `posterior` knows from the training rollouts so far.
 """
 
-import argparse
-import functools
 import itertools
 import json
+import math
 import os
 import sys
 import time
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
+import data
 import eval as evaluation
 import ppo
 import sft
 import vineppo
-from rollout import generate
-
-ALGOS = ("ppo", "vineppo", "grpo", "rloo")
-CURRICULA = ("sfl", "lilo", "posterior", "uniform")
-
-# Every setting: its type, its default for the embedded arithmetic task, its default for any other data set (that of the
-# papers on GSM8K, arXiv 2502.12272 and 2410.01679), and what it is. Read as a table; the parser is built from it.
-SETTINGS = dict(
-    algo=(ALGOS, "ppo", "ppo", "how a reward becomes credit"),
-    curriculum=(CURRICULA, "sfl", "sfl", "how questions are chosen"),
-    iterations=(int, 60, 650, "iterations of training"),
-    seed=(int, 0, 0, "of everything random in the training"),
-    # SFL, by the paper's names
-    questions=(int, 32, 64, "questions an iteration (N_l)"),
-    rollouts=(int, 8, 8, "responses to each question"),
-    rho=(float, 0.5, 0.5, "share of the questions that is chosen by learnability, in [0, 1]; the rest is uniform"),
-    refresh_every=(int, 10, 50, "sfl: iterations between two scorings (T)"),
-    candidates=(int, 256, 1280, "sfl: questions scored each time (N)"),
-    buffer_size=(int, 48, 256, "sfl: how many of them are kept (K)"),
-    score_rollouts=(int, 8, 8, "sfl: responses to each candidate (L)"),
-    max_candidates=(int, 128, 256, "lilo: most questions drawn in an iteration"),
-    memory=(float, 0.95, 0.98, "posterior: share of the evidence on a question that an iteration keeps"),
-    thompson=(bool, False, False, "posterior: choose by a draw from each question's posterior, not by its mean"),
-    # sampling
-    temperature=(float, 1.0, 0.6, "sampling temperature, also of the log-probs in the loss"),
-    top_p=(float, 1.0, 0.9, "nucleus of the sampling"),
-    max_new_tokens=(int, 96, 1024, "longest response, in tokens; a longer one is cut off and worth 0"),
-    context=(int, 256, 2048, "longest prompt and response together, in tokens"),
-    # PPO
-    lr=(float, 2e-4, 1e-6, "learning rate of the policy (AdamW, no weight decay)"),
-    critic_lr=(float, 1e-3, 1e-6, "learning rate of the critic"),
-    warmup=(float, 0.03, 0.03, "share of the iterations in which the learning rate rises to its value"),
-    epochs=(int, 1, 2, "passes over an iteration's rollouts"),
-    minibatch=(int, 256, 64, "rollouts an optimizer step"),
-    clip=(float, 0.2, 0.2, "PPO's ratio clip"),
-    value_clip=(float, 0.2, 0.2, "PPO's value clip"),
-    kl_coef=(float, 0.0, 1e-4, "weight of the KL loss to the frozen starting model; 0: no reference in memory"),
-    gamma=(float, 1.0, 1.0, "discount"),
-    lam=(float, 1.0, 1.0, "GAE's lambda"),
-    max_ratio=(float, 10.0, 10.0, "a minibatch with a larger mean ratio is skipped"),
-    max_grad_norm=(float, 1.0, 1.0, "gradient norm that is clipped to"),
-    # VinePPO
-    mc_rollouts=(int, 9, 9, "vineppo: fresh responses from each state (K)"),
-    mc_max_steps=(int, 25, 25, "vineppo: steps of a response whose start is estimated"),
-    mc_reuse=(bool, False, False, "vineppo: let the responses at hand count as estimates of their question's value"),
-    steps=(("lines", "math"), "lines", "lines", "vineppo: how a response is cut into steps"),
-    # cost
-    tokens_per_microbatch=(int, 2048, 16384, "padded tokens in one forward and backward; lower it if memory runs out"),
-    gradient_checkpointing=(bool, False, False, "recompute activations in the backward pass: slower, far less memory"),
-    slots=(int, None, None, "sequences decoded at once (default: by free memory)"),
-    # evaluation and checkpoints
-    eval_every=(int, 5, 25, "iterations between two evaluations on held-out questions (greedy)"),
-    eval_limit=(int, None, None, "held-out questions, a random subset (default: all)"),
-    save_every=(int, 10, 25, "iterations between two checkpoints"),
-)
-DEFAULT_MODEL = "realtreetune/rho-1b-sft-GSM8K"
-EVERYWHERE = dict(  # the same for all data sets, or chosen by them
-    dataset=(str, "arithmetic", "arithmetic, gsm8k, or the path of a .jsonl file or of a folder of {train,test}.jsonl"),
-    data_dir=(str, None, "gsm8k: a folder with train.jsonl and test.jsonl, instead of the hub"),
-    model=(str, None, "tiny, a hub id or a model's folder (default: tiny for arithmetic, else " + DEFAULT_MODEL + ")"),
-    out=(str, None, "folder of the run (default: a new one under runs/)"),
-    device=(str, "auto", "auto, cpu, cuda or mps"),
-    dtype=(str, "auto", "of the matrix products: auto (bfloat16 on CUDA), float32, bfloat16; weights are float32"),
-    chat=(str, "auto", "prompt through the tokenizer's chat template: auto (if it has one), on, off"),
-    engine=(str, "slots", "slots, or hf: generate through model.generate, for models the slots do not fit"),
-    last_number=(bool, False, "a response with no marked answer is graded by its last number"),
-    skip_long=(bool, False, "leave out questions that do not fit the context, instead of stopping"),
-    cache=(str, "runs/cache", "where the tiny starting model is kept"),
-)
-CHANGEABLE = {"iterations", "device", "tokens_per_microbatch", "slots", "eval_every", "save_every",
-              "gradient_checkpointing", "data_dir", "cache"}
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Learnability
+from rollout import generate, progress_bar
 
 
 def learnability(successes, attempts):
-    """Unbiased estimate of p (1 - p) from `successes` of `attempts`: s (a - s) / (a (a - 1)). Numbers or arrays.
+    """Unbiased estimate of p (1 - p) from `successes` of `attempts`: s (a - s) / (a (a - 1)).
+    Numbers or arrays. ValueError: fewer than 2 attempts, from which no variance can be estimated.
 
-    The plug-in, (s/a)(1 - s/a), is too low by the factor (a - 1)/a: its expectation is p(1 - p) - Var(s/a), because the
-    same draws serve as the mean and are measured against it. The factor is common to all questions when all have had
-    the same number of attempts, and ranking them does not see it. It matters when they have not: at a = 2 the plug-in
-    halves a question's learnability, at a = 16 it takes a sixteenth, so it prefers whatever was tried often.
-    Raises ValueError below 2 attempts, from which no variance can be estimated.
-    """
+    The plug-in (s/a)(1 - s/a) is too low by the factor (a - 1)/a: the same draws serve as the mean
+    and are measured against it. Where questions have had different numbers of attempts, it prefers
+    whatever was tried often."""
     successes, attempts = np.asarray(successes, dtype=float), np.asarray(attempts, dtype=float)
     if np.any(attempts < 2) or np.any(successes < 0) or np.any(successes > attempts):
-        raise ValueError(f"learnability of {successes} successes in {attempts} attempts: need at least 2 attempts, and "
-                         "successes between 0 and the attempts")
+        raise ValueError(
+            f"learnability of {successes} successes in {attempts} attempts: need at least 2 "
+            "attempts, and successes between 0 and the attempts"
+        )
     return (successes * (attempts - successes) / (attempts * (attempts - 1)))[()]
 
 
-def variance(rewards):
-    """Learnability for any rewards, (questions, n) -> (questions,): their unbiased variance. For rewards 0 and 1 it is
-    `learnability(rewards.sum(1), n)`, number for number."""
-    return np.var(np.asarray(rewards, dtype=float), axis=1, ddof=1)
+@dataclass
+class Batch:
+    """Questions, n responses to each, and how these were graded."""
+
+    questions: np.ndarray  # (Q,) which of the training questions
+    groups: list  # Q lists of n Rollouts
+    rewards: np.ndarray  # (Q, n)
+    seconds: float = 0.0  # what sampling them took
+
+    def learnability(self):
+        return learnability(self.rewards.sum(1), self.rewards.shape[1])  # (Q,)
+
+    def take(self, rows):
+        groups = [self.groups[i] for i in rows]
+        return Batch(self.questions[rows], groups, self.rewards[rows], self.seconds)
+
+    def tokens(self):
+        return sum(len(rollout.response) for group in self.groups for rollout in group)
+
+
+# --------------------------------------------------------------------------- the curricula
+# Each takes the settings, its own state (a dict of plain numbers and lists, saved with the
+# checkpoint), the iteration from 0, the number of questions, a numpy Generator, and `sample`:
+# sample(questions, n) -> Batch. Each returns the Batch to train on, and what to log.
+
+
+def uniform(args, state, iteration, size, rng, sample):
+    chosen = rng.choice(size, args.questions, replace=False)
+    return sample(chosen, args.rollouts), {}
+
+
+def sfl(args, state, iteration, size, rng, sample):
+    """Sampling for learnability with a buffer (arXiv 2502.12272; the symbols are the paper's). Its
+    code permits a question in both halves of a batch; here none comes twice."""
+    logged = {}
+    if iteration % args.refresh_every == 0:  # every T iterations
+        candidates = rng.choice(size, args.candidates, replace=False)  # N
+        scored = sample(candidates, args.score_rollouts)  # L each
+        best = most(scored.learnability(), args.buffer_size, rng)  # the K most learnable
+        state["buffer"] = candidates[best].tolist()
+        logged = pool(scored)
+    from_buffer = round(args.rho * args.questions)  # rho N_l
+    chosen = rng.choice(state["buffer"], from_buffer, replace=False)
+    return sample(with_uniform(chosen, args.questions, size, rng), args.rollouts), logged
+
+
+def lilo(args, state, iteration, size, rng, sample):
+    """Rejection (LILO): draw more questions than needed, 4 N_l in the paper, and train on the N_l
+    most learnable with the very responses that showed it: 4 right of 8 are preferred to 1 of 8.
+    With --stop_early no more are drawn once N_l are learnable at all."""
+    order = rng.permutation(size)[: args.max_candidates]
+    drawn = draw_until(order, args, sample, enough=args.questions if args.stop_early else None)
+    best = most(drawn.learnability(), args.questions, rng)
+    return drawn.take(best), pool(drawn)
+
+
+def dapo(args, state, iteration, size, rng, sample):
+    """Dynamic sampling (DAPO, arXiv 2503.14476): draw until the batch is full of questions that are
+    neither solved by all attempts nor by none, in the order in which they come."""
+    order = rng.permutation(size)[: args.max_candidates]
+    drawn = draw_until(order, args, sample, enough=args.questions)
+    agrees = drawn.learnability() == 0
+    first = np.argsort(agrees, kind="stable")[: args.questions]  # those that agree come last
+    return drawn.take(first), pool(drawn)
+
+
+def posterior(args, state, iteration, size, rng, sample):
+    """Learnability from training rollouts alone: nothing is sampled only to be scored.
+
+    Question i has s_i successes and f_i failures, both multiplied by `memory` each iteration
+    because the policy they speak of is moving. Its success rate is Beta(a, b) with
+    a = nu mu + s_i, b = nu (1 - mu) + f_i, and a share rho of the questions is drawn in proportion
+    to the square of the expectation E[p (1 - p)] = a b / ((a + b) (a + b + 1)). Not the largest
+    ones: they would come again and again, and nothing would be learned about the others.
+
+    The prior is that of the question's group (its level; unknown, the length of its prompt): mu,
+    the mean success, and nu, how much one question tells about the others. If m is the group's mean
+    learnability, mean_i p_i (1 - p_i), the variance of p_i between questions is
+    v = mu (1 - mu) - m, and a Beta of that mean and variance has nu = mu (1 - mu) / v - 1 = m / v.
+    Chosen questions are no fair sample of their group, hence the weight 1 / (1 + s_i + f_i) of an
+    observation: what is news counts."""
+    counts = np.array(state.setdefault("counts", [[0.0, 0.0]] * size))  # successes, failures
+    groups, group_of = np.unique(state["groups"], return_inverse=True)
+    # of each group: weighted sums of 1, success and learnability
+    seen = np.array(state.setdefault("seen", [[0.0] * 3] * len(groups)))
+    # start from a flat guess, mu 1/2 and m 1/8; the whole counts as half a question in each group
+    whole = (seen.sum(0) + [1, 0.5, 0.125]) / (seen[:, 0].sum() + 1)
+    _, mu, m = ((seen + 0.5 * whole) / (seen[:, :1] + 0.5)).T
+    nu = np.clip(m / np.maximum(mu * (1 - mu) - m, 1e-3), 0.05, 20)
+    a = np.maximum((nu * mu)[group_of] + counts[:, 0], 1e-3)
+    b = np.maximum((nu * (1 - mu))[group_of] + counts[:, 1], 1e-3)
+    expected = a * b / ((a + b) * (a + b + 1))
+    odds = expected**2 / (expected**2).sum()
+    chosen = rng.choice(size, round(args.rho * args.questions), replace=False, p=odds)
+    chosen = with_uniform(chosen, args.questions, size, rng)
+    batch = sample(chosen, args.rollouts)
+
+    counts *= args.memory
+    seen *= args.memory
+    news = 1 / (1 + counts[chosen].sum(1, keepdims=True))
+    observed = np.stack([np.ones(len(chosen)), batch.rewards.mean(1), batch.learnability()], 1)
+    np.add.at(seen, group_of[chosen], news * observed)
+    successes = batch.rewards.sum(1)
+    counts[chosen] += np.stack([successes, args.rollouts - successes], 1)
+    state["counts"], state["seen"] = counts.round(6).tolist(), seen.round(6).tolist()
+    return batch, {"learnability_expected": float(expected[chosen].mean())}
+
+
+CURRICULA = {"uniform": uniform, "sfl": sfl, "lilo": lilo, "dapo": dapo, "posterior": posterior}
+
+
+# --------------------------------------------------------------------------- training
+
+
+def train(args):
+    """The whole job. Writes config.json, metrics.jsonl, evaluation.json, model/ and state/ into
+    args.out. Returns the held-out evaluations before and after."""
+    run = setup(args)
+    before = start_or_resume(run, args)
+    result = before["greedy"]
+    logged = (run.out / "metrics.jsonl").open("a")
+    bar = progress_bar(run.out.name, args.iterations, "iteration", initial=run.start)
+    for iteration in range(run.start, args.iterations):
+        # 1. choose questions, sample responses, grade them
+        run.sample.begin(iteration)
+        choose = CURRICULA[args.curriculum]
+        batch, row = choose(args, run.state, iteration, run.size, run.rng, run.sample)
+        rollouts = [rollout for group in batch.groups for rollout in group]
+        seconds = sum(call.seconds for call in run.sample.calls)
+        row |= {"seconds_rollout": batch.seconds, "seconds_score": seconds - batch.seconds}
+
+        # 2. credit: one advantage a response token
+        clock = time.perf_counter()
+        values = returns = None
+        if args.algo == "ppo":
+            advantages, values, returns = ppo.critic_advantages(
+                run.critic, rollouts, batch.rewards.flatten(), run.settings
+            )
+        elif args.algo == "vineppo":
+            advantages, spent = monte_carlo_credit(args, run, batch)
+            row |= spent
+        else:
+            scores = ppo.group_advantages(batch.rewards, how=args.algo)
+            advantages = ppo.per_token(rollouts, scores.flatten())
+        if args.algo in ("ppo", "vineppo"):
+            advantages = ppo.whiten(advantages)
+        row["seconds_credit"] = time.perf_counter() - clock
+
+        # 3. update
+        clock = time.perf_counter()
+        set_learning_rates(args, run.optimizer, iteration)
+        ref_logprobs = None
+        if args.kl_coef > 0:
+            ref_logprobs = ppo.rollout_logprobs(run.reference, rollouts, run.settings)
+        elif args.kl_sample > 0:
+            row["kl"] = kl_to_start(args, run, rollouts)
+        row |= ppo.update(
+            run.policy, run.optimizer, rollouts, advantages, run.settings, rng=run.rng,
+            ref_logprobs=ref_logprobs, critic=run.critic, values=values, returns=returns,
+        )  # fmt: skip
+        row["seconds_update"] = time.perf_counter() - clock
+
+        # 4. measure, log, save
+        last = iteration + 1 == args.iterations
+        row = batch_metrics(run, iteration, batch, rollouts) | row
+        if last or (iteration + 1) % args.eval_every == 0:
+            result = run.evaluate()
+            row |= {f"eval_{key}": result[key] for key in EVALUATED}
+        logged.write(json.dumps(row) + "\n")
+        logged.flush()
+        if last or (iteration + 1) % args.save_every == 0:
+            save(run, iteration + 1)
+        advance(bar, row, result)
+    bar.close()
+    logged.close()
+    after = {"greedy": result, "sampled": run.evaluate(samples=8)}
+    write(run.out / "evaluation.json", json.dumps({"before": before, "after": after}))
+    return before, after
+
+
+# ==================================================================================================
+# That is the method. Below: what a run consists of, checkpoints, settings, the command line.
+# ==================================================================================================
 
 
 def most(scores, k, rng):
@@ -151,487 +259,588 @@ def most(scores, k, rng):
     return shuffled[np.argsort(-np.asarray(scores)[shuffled], kind="stable")[:k]]
 
 
-def shares(rewards):
-    """(solved by all, solved by none, learnable) shares of the questions; rewards (questions, n) of 0 and 1."""
-    mean = np.asarray(rewards).mean(1)
-    return float((mean == 1).mean()), float((mean == 0).mean()), float(((mean > 0) & (mean < 1)).mean())
+class Sampler:
+    """Samples responses to training questions and grades them. Keeps the calls of the iteration:
+    each has random numbers of its own, and they are what choosing questions cost."""
+
+    def __init__(self, args, policy, tokenizer, questions, prompts, generation):
+        self.args, self.policy, self.tokenizer = args, policy, tokenizer
+        self.questions, self.prompts, self.generation = questions, prompts, generation
+
+    def begin(self, iteration):
+        self.iteration, self.calls = iteration, []
+
+    def seed(self):
+        """Depends on nothing but what it is for: a resumed run draws the same."""
+        entropy = [self.args.seed, self.iteration, len(self.calls)]
+        return int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0] >> 2)
+
+    def __call__(self, chosen, n):
+        start = time.perf_counter()
+        prompts = [self.prompts[i] for i in chosen]
+        groups = generate(self.policy, prompts, n=n, seed=self.seed(), **self.generation)
+        rewards = self.grade(self.tokenizer, [self.questions[i] for i in chosen], groups)
+        batch = Batch(np.asarray(chosen), groups, rewards, time.perf_counter() - start)
+        self.calls.append(batch)
+        return batch
+
+    def grade(self, tokenizer, questions, groups):
+        return evaluation.rewards(tokenizer, questions, groups, last_number=self.args.last_number)
 
 
-def pool(rewards):
-    """What to log of questions sampled in order to choose: how many, their shares, the histogram of their successes."""
-    by_all, by_none, between = shares(rewards)
-    successes = np.bincount(np.rint(rewards.sum(1)).astype(int), minlength=rewards.shape[1] + 1)
-    return dict(pool=len(rewards), pool_solved_by_all=by_all, pool_solved_by_none=by_none, pool_learnable=between,
-                pool_histogram=successes.tolist())
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# The curricula. Each is a function of (args, state, iteration, pool size, rng, attempt) that returns which questions to
-# train on, the rollouts and rewards they were chosen by (lilo) or None, and what to log. `state` is a dict of plain
-# numbers and lists, saved with the checkpoint. attempt(indices, n) samples n responses to each: (rollouts, rewards).
-
-
-def uniform(args, state, iteration, size, rng, attempt):
-    return rng.choice(size, args.questions, replace=False), None, {}
-
-
-def with_uniform(chosen, args, size, rng):
-    """Fill a batch up with questions drawn uniformly from those not in it: no question twice in one iteration."""
+def with_uniform(chosen, count, size, rng):
+    """Fill a batch up with questions drawn uniformly from those not in it: no question twice in one
+    iteration."""
     rest = np.setdiff1d(np.arange(size), chosen)
-    return np.concatenate([chosen, rng.choice(rest, args.questions - len(chosen), replace=False)]).astype(int)
+    return np.concatenate([chosen, rng.choice(rest, count - len(chosen), replace=False)]).astype(
+        int
+    )
 
 
-def sfl(args, state, iteration, size, rng, attempt):
-    """Sampling for learnability with a buffer (arXiv 2502.12272; the symbols are the paper's)."""
-    logged = {}
-    if iteration % args.refresh_every == 0:  # every T iterations
-        candidates = rng.choice(size, args.candidates, replace=False)  # N, without replacement
-        _, rewards = attempt(candidates, args.score_rollouts)  # L each
-        state["buffer"] = candidates[most(variance(rewards), args.buffer_size, rng)].tolist()  # the K most learnable
-        logged = pool(rewards)
-    chosen = rng.choice(state["buffer"], round(args.rho * args.questions), replace=False)  # rho N_l of the buffer
-    return with_uniform(chosen, args, size, rng), None, logged
+def shares(rewards):
+    """Of questions, rewards (questions, n) of 0 and 1: the shares solved by all attempts, by none,
+    and by some: the learnable ones."""
+    success = rewards.mean(1)
+    by_all, by_none = float((success == 1).mean()), float((success == 0).mean())
+    some = float(((success > 0) & (success < 1)).mean())
+    return {"solved_by_all": by_all, "solved_by_none": by_none, "learnable": some}
 
 
-def lilo(args, state, iteration, size, rng, attempt):
-    """Rejection (LILO): draw chunks of questions until N_l of them are learnable or the budget is spent, and train on
-    the most learnable with the responses that showed it. The rarer learnable questions get, the more are drawn."""
-    drawn, groups, rewards = [], [], np.zeros((0, args.rollouts), np.float32)
-    order = rng.permutation(size)[: args.max_candidates]
-    while len(drawn) < len(order) and (variance(rewards) > 0).sum() < args.questions:
-        chunk = order[len(drawn) : len(drawn) + args.questions]
-        more, graded = attempt(chunk, args.rollouts)
-        drawn, groups, rewards = [*drawn, *chunk], [*groups, *more], np.concatenate([rewards, graded])
-    best = most(variance(rewards), args.questions, rng)
-    return np.array(drawn)[best], ([groups[i] for i in best], rewards[best]), pool(rewards)
+def pool(batch):
+    """What to log of questions that were sampled in order to choose."""
+    successes = np.rint(batch.rewards.sum(1)).astype(int)
+    histogram = np.bincount(successes, minlength=batch.rewards.shape[1] + 1).tolist()
+    logged = {f"pool_{name}": share for name, share in shares(batch.rewards).items()}
+    return {"pool": len(batch.questions), **logged, "pool_histogram": histogram}
 
 
-def posterior(args, state, iteration, size, rng, attempt):
-    """Learnability from training rollouts alone: nothing is ever sampled only to be scored.
-
-    Question i has s_i successes and f_i failures, both multiplied by `memory` each iteration because the policy they
-    speak of is moving. Its success rate is Beta(a, b) with a = nu mu + s_i, b = nu (1 - mu) + f_i, and what is chosen are
-    the largest expectations E[p (1 - p)] = a b / ((a + b) (a + b + 1)), ties broken at random.
-
-    The prior is the data set's (its difficulty group's, where levels are known): mu, the mean success, and nu, how much
-    one question tells about the others. If m is the mean learnability, mean_i p_i (1 - p_i), the variance of p_i between
-    questions is v = mu (1 - mu) - m, and a Beta of that mean and variance has nu = mu (1 - mu) / v - 1 = m / v. Where
-    questions are all-or-nothing nu is small and the prior U-shaped: an unseen question is probably not learnable, one
-    seen to be is worth keeping. Both come from the uniform share of the batches only; the rest is a selection.
-
-    Why not Thompson sampling, one draw of p_i each and the largest p_i (1 - p_i) (--thompson)? With thousands of
-    questions and a few dozen picks the largest draws are flukes of the many that were never seen. The uniform share and
-    the forgetting explore enough.
-    """
-    n = np.array(state.setdefault("counts", [[0.0, 0.0]] * size))  # (questions, 2): successes, failures
-    groups, of = np.unique(state["groups"], return_inverse=True)  # difficulty groups; of[i]: the group of question i
-    seen = np.array(state.setdefault("seen", [[0.0] * 3] * len(groups)))  # sums of 1, success and learnability
-    whole = (seen.sum(0) + [1, 0.5, 0.125]) / (seen[:, 0].sum() + 1)  # start from a flat guess: mu 1/2, m 1/8
-    _, mu, m = ((seen + 0.5 * whole) / (seen[:, :1] + 0.5)).T  # the whole counts as half a question in each group
-    nu = np.clip(m / np.maximum(mu * (1 - mu) - m, 1e-3), 0.05, 20)
-    a, b = np.maximum((nu * mu)[of] + n[:, 0], 1e-3), np.maximum((nu * (1 - mu))[of] + n[:, 1], 1e-3)
-    p = rng.beta(a, b)
-    score = p * (1 - p) if args.thompson else a * b / ((a + b) * (a + b + 1))
-    return with_uniform(most(score, round(args.rho * args.questions), rng), args, size, rng), None, {}
+def draw_until(order, args, sample, enough):
+    """Sample the questions in this order, a batch at a time, until `enough` of them (None: all) are
+    learnable. Returns one Batch of all that were drawn."""
+    step = args.questions if enough else len(order)
+    batches = []
+    learnable = 0
+    for start in range(0, len(order), step):
+        batches.append(sample(order[start : start + step], args.rollouts))
+        learnable += (batches[-1].learnability() > 0).sum()
+        if enough and learnable >= enough:
+            break
+    questions = np.concatenate([batch.questions for batch in batches])
+    groups = [group for batch in batches for group in batch.groups]
+    rewards = np.concatenate([batch.rewards for batch in batches])
+    return Batch(questions, groups, rewards, sum(batch.seconds for batch in batches))
 
 
-def remember(args, state, chosen, rewards, picked):
-    """After the rollouts: the posterior's evidence. picked: how many of the chosen, the first ones, were selected."""
-    counts = np.array(state["counts"]) * args.memory
-    counts[chosen] += np.stack([rewards.sum(1), (1 - rewards).sum(1)], 1)
-    _, of = np.unique(state["groups"], return_inverse=True)
-    seen = np.array(state["seen"]) * args.memory
-    observed = np.stack([np.ones(len(chosen)), rewards.mean(1), variance(rewards)], 1)
-    np.add.at(seen, of[chosen[picked:]], observed[picked:])
-    state["counts"], state["seen"] = counts.round(6).tolist(), seen.round(6).tolist()
+def monte_carlo_credit(args, run, batch):
+    """VinePPO's advantages for a batch, and what to log of them."""
+    questions = [run.sample.questions[i] for i in batch.questions]
+    style = args.steps
+    if style == "auto":
+        style = "math" if questions[0].kind == "math" else "lines"
+    max_steps = args.mc_max_steps or {"lines": 25, "math": 20}[style]
+    settings = {"mc_rollouts": args.mc_rollouts, "max_steps": max_steps}
+    settings |= {"style": style, "spend": args.mc_spend}
+    advantages, spent = vineppo.mc_advantages(
+        run.policy, run.tokenizer, questions, batch.groups, batch.rewards, **settings,
+        score=run.sample.grade, seed=run.sample.seed(), **run.sample.generation,
+    )  # fmt: skip
+    names = ("mc_steps", "mc_filled", "mc_states", "mc_rollouts")
+    logged = {name: spent[name] for name in names}
+    logged["tokens_credit"] = spent["tokens_generated"]
+    return advantages, logged
 
 
-CHOOSE = dict(uniform=uniform, sfl=sfl, lilo=lilo, posterior=posterior)
+def group_of(question, prompt):
+    """What stands for a question's difficulty: its level, else its prompt's length."""
+    return str(question.level or f"length {4 * math.log2(len(prompt)):.0f}")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Training
+def batch_metrics(run, iteration, batch, rollouts):
+    tokens = batch.tokens()
+    logprobs = np.concatenate([rollout.logprobs for rollout in rollouts])
+    calls = run.sample.calls
+    sampled = [
+        [int(i), run.sample.questions[i].level, int(sum(rewards)), len(rewards)]
+        for call in calls
+        for i, rewards in zip(call.questions, call.rewards)
+    ]
+    return {
+        "iteration": iteration + 1,
+        "reward_mean": float(batch.rewards.mean()),
+        **shares(batch.rewards),
+        "response_length": float(np.mean([len(r.response) for r in rollouts])),
+        "grading_timeouts": evaluation.timeouts["timeouts"],  # since the start
+        "truncated": float(np.mean([not r.finished for r in rollouts])),
+        "entropy": float(-logprobs.mean()),  # unbiased, where top-p truncates nothing
+        "lr": run.optimizer.param_groups[0]["lr"],
+        "tokens_generated": tokens,
+        # sampled to choose the questions and not trained on
+        "tokens_scored": sum(call.tokens() for call in calls) - tokens,
+        # [question, its level, successes, attempts], and which were trained on
+        "sampled": sampled,
+        "trained": batch.questions.tolist(),
+    }
 
 
-def train(args, resume=False):
-    """The whole job. Writes config.json, metrics.jsonl, evaluation.json, model/ and state/ into args.out. Returns the
-    held-out evaluations before and after."""
+EVALUATED = ("accuracy", "accuracy_se", "response_length")
+
+
+def advance(bar, row, result):
+    shown = {"reward": row["reward_mean"], "learnable": row["learnable"]}
+    shown |= {"accuracy": result["accuracy"], "length": row["response_length"]}
+    bar.set_postfix({name: f"{value:.3g}" for name, value in shown.items()}, refresh=False)
+    bar.update()
+
+
+def kl_to_start(args, run, rollouts):
+    """k3 a token of a few of the rollouts, when the loss does not need it."""
+    some = rollouts[:: max(1, len(rollouts) // args.kl_sample)]
+    ref = torch.cat(ppo.rollout_logprobs(run.reference, some, run.settings))
+    sampled = torch.tensor([x for rollout in some for x in rollout.logprobs])
+    return float(ppo.kl_k3(ref, sampled).mean())
+
+
+def set_learning_rates(args, optimizer, iteration):
+    """Linear warm-up; then constant, or (linear) down to 0 behind the last iteration."""
+    warm = args.warmup * args.iterations
+    share = min(1.0, (iteration + 1) / max(1, warm))
+    if args.lr_schedule == "linear":
+        share = min(share, (args.iterations - iteration) / max(1, args.iterations - warm))
+    for group, lr in zip(optimizer.param_groups, (args.lr, args.critic_lr)):
+        group["lr"] = lr * share
+
+
+def setup(args):
+    """Everything that an iteration touches, made or loaded: questions, models, optimizer."""
     out = Path(args.out)
-    device = evaluation.pick_device(args.device)
-    half = torch.bfloat16 if args.dtype == "bfloat16" or (args.dtype == "auto" and device.startswith("cuda")) else None
-    questions = evaluation.load_questions(args.dataset, "train", data_dir=args.data_dir)
-    held_out = evaluation.load_questions(args.dataset, "test", data_dir=args.data_dir, limit=args.eval_limit)
-    check_sizes(args, len(questions))  # before the work of making or loading a model
+    evaluation.set_judges(args.judges)
+    device = data.pick_device(args.device)
+    if args.model == "tiny":
+        torch.set_num_threads(1)  # too small to share among cores
+    bfloat16 = args.dtype == "bfloat16" or (args.dtype == "auto" and device.startswith("cuda"))
+    half = torch.bfloat16 if bfloat16 else None
+    fields = {name: getattr(args, f"{name}_field") for name in ("question", "answer", "solution")}
+    load = partial(data.load_questions, args.dataset, data_dir=args.data_dir, fields=fields)
+    questions, held_out = load("train"), load("test", limit=args.eval_limit or None)
+    check(args, len(questions))  # before the work of making or loading a model
     base = sft.tiny_base(args.cache) if args.model == "tiny" else args.model
-    policy, tokenizer = evaluation.load_model(out if resume else base, device=device)
-    stops = evaluation.stop_ids(policy, tokenizer)
+    saved = out / "model"
+    policy, tokenizer = data.load_model(saved if saved.exists() else base, device=device)
+    stop_ids = evaluation.stops(policy, tokenizer, args.stop)
     questions, prompts = fitting(args, tokenizer, policy, questions, "training")
     held_out, _ = fitting(args, tokenizer, policy, held_out, "held-out")
-    check_sizes(args, len(questions))  # some may have been left out
-    for model in (policy,) if args.gradient_checkpointing else ():
-        model.gradient_checkpointing_enable()
+    check(args, len(questions))  # some may have been left out
+    if args.gradient_checkpointing:
+        policy.gradient_checkpointing_enable()
     critic = ppo.ValueModel(policy) if args.algo == "ppo" else None
+    parameters = [{"params": policy.parameters(), "lr": args.lr}]
+    if critic is not None:
+        parameters.append({"params": critic.parameters(), "lr": args.critic_lr})
     reference = None
-    if args.kl_coef > 0:
-        reference = evaluation.load_model(base, device=device)[0].requires_grad_(False)
+    if args.kl_coef > 0 or args.kl_sample > 0:
+        reference = data.load_model(base, device=device)[0].requires_grad_(False)
 
-    optimizers = [torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0)
-                  for model, lr in ((policy, args.lr), (critic, args.critic_lr)) if model is not None]
-
-    sampling = dict(temperature=args.temperature, top_p=args.top_p, stop_ids=stops, engine=args.engine, dtype=half,
-                    slots=args.slots, progress=sys.stderr.isatty())
-    passes = dict(tokens_per_microbatch=args.tokens_per_microbatch, autocast=half)
-    rng, state, start = np.random.default_rng(args.seed), {"groups": [str(q.level) for q in questions]}, 0
-    if resume:
-        start = load_state(out, rng, state, policy, critic, optimizers)
-    else:
-        out.mkdir(parents=True, exist_ok=True)
-        (out / "config.json").write_text(json.dumps(vars(args), indent=1) + "\n")
+    generation = {name: getattr(args, name) for name in ("max_new_tokens", "temperature", "top_p")}
+    cost = {"engine": args.engine, "slots": args.slots or None, "dtype": half}
+    cost |= {"progress": sys.stderr.isatty(), "stop_ids": stop_ids}
+    generation |= cost
+    names = ("temperature", "gamma", "lam", "clip", "value_clip", "kl_coef", "epochs", "minibatch")
+    names += ("max_grad_norm", "max_ratio", "tokens_per_microbatch", "loss_average")
+    settings = ppo.Settings(autocast=half, **{name: getattr(args, name) for name in names})
 
     def evaluate(samples=1):
-        """Greedy accuracy on the held-out questions; with samples, their success rates at the training temperature."""
-        settings = dict(samples=samples, temperature=args.temperature, top_p=args.top_p) if samples > 1 else {}
-        return evaluation.evaluate(policy, tokenizer, held_out, max_new_tokens=args.max_new_tokens, chat=args.chat,
-                                   seed=args.seed, engine=args.engine, slots=args.slots, dtype=half,
-                                   last_number=args.last_number, progress=sampling["progress"], **settings)
+        """Greedy on the held-out questions; with samples, at the training temperature."""
+        sampling = {"max_new_tokens": args.max_new_tokens}
+        if samples > 1:
+            sampling = {
+                name: generation[name] for name in ("max_new_tokens", "temperature", "top_p")
+            }
+        result = evaluation.evaluate(
+            policy, tokenizer, held_out, samples=samples, chat=args.chat, seed=args.seed,
+            last_number=args.last_number, **cost, **sampling,
+        )  # fmt: skip
+        return {**result, "responses": result["responses"][:3]}
 
-    grade = functools.partial(evaluation.rewards, last_number=args.last_number)
-
-    def stream(iteration, part):  # seeds that depend on nothing but what they are for: a resumed run draws the same
-        return int(np.random.SeedSequence([args.seed, iteration, part]).generate_state(1, np.uint64)[0] >> 2)
-
-    if start == 0:
-        before = dict(greedy=evaluate(), sampled=evaluate(samples=8))
-        (out / "evaluation.json").write_text(json.dumps(dict(before=before)) + "\n")
-        save(out, 0, policy, tokenizer, rng, state, critic, optimizers)
-    before = json.loads((out / "evaluation.json").read_text())["before"]
-    result, accuracy, logged = None, before["greedy"]["accuracy"], (out / "metrics.jsonl").open("a")
-
-    bar = tqdm(range(start, args.iterations), f"{args.algo}/{args.curriculum}", args.iterations, initial=start)
-    for iteration in bar:
-        clock, stats, scored = time.perf_counter(), {}, {}
-        seconds = dict.fromkeys(("seconds_score", "seconds_rollout", "seconds_credit", "seconds_update"), 0.0)
-
-        def lap(name):
-            nonlocal clock
-            now = time.perf_counter()
-            seconds[name], clock = seconds[name] + now - clock, now
-
-        calls = itertools.count()
-
-        def attempt(indices, n, stats=scored):
-            groups = generate(policy, [prompts[i] for i in indices], n=n, max_new_tokens=args.max_new_tokens,
-                              seed=stream(iteration, next(calls)), stats=stats, **sampling)
-            return groups, grade(tokenizer, [questions[i] for i in indices], groups)
-
-        # 1. choose questions, sample responses, grade them
-        chosen, at_hand, row = CHOOSE[args.curriculum](args, state, iteration, len(questions), rng, attempt)
-        lap("seconds_score" if at_hand is None else "seconds_rollout")
-        if at_hand is None:
-            at_hand = attempt(chosen, args.rollouts, stats)
-        groups, rewards = at_hand
-        if args.curriculum == "posterior":
-            remember(args, state, chosen, rewards, round(args.rho * args.questions))
-        rollouts = list(itertools.chain.from_iterable(groups))
-        lap("seconds_rollout")
-
-        # 2. credit: one advantage a response token
-        values = returns = None
-        if args.algo == "ppo":
-            advantages, values, returns = ppo.critic_advantages(critic, rollouts, rewards.reshape(-1), gamma=args.gamma,
-                                                                lam=args.lam, **passes)
-        elif args.algo == "vineppo":
-            advantages, spent = vineppo.mc_advantages(
-                policy, tokenizer, [questions[i] for i in chosen], groups, rewards, mc_rollouts=args.mc_rollouts,
-                max_steps=args.mc_max_steps, style=args.steps, max_new_tokens=args.max_new_tokens, reuse=args.mc_reuse,
-                score=grade, seed=stream(iteration, next(calls)), **sampling)
-            row |= {key: spent[key] for key in ("mc_steps", "mc_filled", "mc_states", "mc_rollouts")}
-            row |= dict(tokens_credit=spent["tokens_generated"], tokens_credit_prefilled=spent["tokens_prefilled"],
-                        tokens_credit_prompted=spent["tokens_prompted"])  # had each of these rollouts its own prefill
-        else:
-            advantages = ppo.per_token(rollouts, ppo.group_advantages(rewards, how=args.algo).reshape(-1))
-        if args.algo in ("ppo", "vineppo"):
-            advantages = ppo.whiten(advantages)
-        lap("seconds_credit")
-
-        # 3. update
-        for optimizer, lr in zip(optimizers, (args.lr, args.critic_lr)):
-            optimizer.param_groups[0]["lr"] = lr * min(1.0, (iteration + 1) / max(1, args.warmup * args.iterations))
-        ref_logprobs = None
-        if reference is not None:
-            ref_logprobs = ppo.rollout_logprobs(reference, rollouts, temperature=args.temperature, **passes)
-        names = ("temperature", "clip", "value_clip", "kl_coef", "epochs", "minibatch", "max_grad_norm", "max_ratio")
-        row |= ppo.update(policy, optimizers[0], rollouts, advantages, ref_logprobs=ref_logprobs, critic=critic,
-                          critic_optimizer=optimizers[1] if critic else None, values=values, returns=returns, rng=rng,
-                          **{name: getattr(args, name) for name in names}, **passes)
-        lap("seconds_update")
-
-        # 4. measure, log, save
-        by_all, by_none, between = shares(rewards)
-        used = [len(r.response) for r in rollouts]
-        row = dict(iteration=iteration + 1, reward_mean=float(rewards.mean()), solved_by_all=by_all,
-                   solved_by_none=by_none, learnable=between, response_length=float(np.mean(used)),
-                   finished=float(np.mean([r.finished for r in rollouts])), tokens_generated=sum(used), **row, **seconds)
-        # Responses sampled to choose the questions and not trained on; lilo trains on some of those it scores.
-        row["tokens_scored"] = scored.get("tokens_generated", 0) - (sum(used) if not stats else 0)
-        if (iteration + 1) % args.eval_every == 0 or iteration + 1 == args.iterations:
-            result = evaluate()
-            row |= dict(eval_accuracy=result["accuracy"], eval_accuracy_se=result["accuracy_se"],
-                        eval_response_length=result["response_length"])
-            accuracy = result["accuracy"]
-        logged.write(json.dumps(row) + "\n")
-        logged.flush()
-        if (iteration + 1) % args.save_every == 0 or iteration + 1 == args.iterations:
-            save(out, iteration + 1, policy, tokenizer, rng, state, critic, optimizers)
-        bar.set_postfix(reward=f"{row['reward_mean']:.2f}", learnable=f"{between:.2f}", accuracy=f"{accuracy:.3f}",
-                        length=f"{row['response_length']:.0f}")
-    logged.close()
-    after = dict(greedy=result or evaluate(), sampled=evaluate(samples=8))  # the last iteration has just evaluated
-    (out / "evaluation.json").write_text(json.dumps(dict(before=before, after=after)) + "\n")
-    return before, after
+    return SimpleNamespace(
+        out=out,
+        policy=policy,
+        tokenizer=tokenizer,
+        critic=critic,
+        reference=reference,
+        optimizer=torch.optim.AdamW(parameters, weight_decay=0.0),
+        settings=settings,
+        sample=Sampler(args, policy, tokenizer, questions, prompts, generation),
+        evaluate=evaluate,
+        rng=np.random.default_rng(args.seed),
+        state={"groups": [group_of(q, prompt) for q, prompt in zip(questions, prompts)]},
+        size=len(questions),
+        start=0,
+    )
 
 
 def fitting(args, tokenizer, policy, questions, which):
-    """(questions, prompts). One that does not fit the context: ValueError, or with --skip_long it is left out."""
-    limit = min(args.context, getattr(policy.config, "max_position_embeddings", None) or args.context)
-    prompts = evaluation.encode_prompts(tokenizer, questions, chat=args.chat)
-    long = [i for i, prompt in enumerate(prompts) if len(prompt) + args.max_new_tokens > limit]
+    """(questions, prompts). One that does not fit the context: ValueError, or with --skip_long it
+    is left out."""
+    limit = min(
+        args.context, getattr(policy.config, "max_position_embeddings", None) or args.context
+    )
+    prompts = data.encode_prompts(tokenizer, questions, chat=args.chat)
+    long = {i for i, prompt in enumerate(prompts) if len(prompt) + args.max_new_tokens > limit}
     if long and not args.skip_long:
-        raise ValueError(f"{which} question {long[0]} is {len(prompts[long[0]])} tokens: with --max_new_tokens "
-                         f"{args.max_new_tokens} it passes the context of {limit} ({len(long)} of {len(prompts)} do): lower "
-                         "--max_new_tokens, raise --context if the model allows it, or pass --skip_long")
-    keep = sorted(set(range(len(prompts))) - set(long))
+        first = min(long)
+        raise ValueError(
+            f"{which} question {first} is {len(prompts[first])} tokens: with --max_new_tokens "
+            f"{args.max_new_tokens} it passes the context of {limit} ({len(long)} of "
+            f"{len(prompts)} do): lower --max_new_tokens, raise --context if the model allows it, "
+            "or pass --skip_long"
+        )
+    keep = [i for i in range(len(prompts)) if i not in long]
     if not keep:
-        raise ValueError(f"no {which} question fits the context of {limit} with --max_new_tokens {args.max_new_tokens}: "
-                         "lower it")
+        raise ValueError(
+            f"no {which} question fits the context of {limit} with --max_new_tokens "
+            f"{args.max_new_tokens}: lower it"
+        )
     if long:
-        print(f"left out {len(long)} of {len(prompts)} {which} questions, too long for {limit} tokens", file=sys.stderr)
+        left_out = f"left out {len(long)} of {len(prompts)} {which} questions"
+        print(f"{left_out}, too long for {limit} tokens", file=sys.stderr)
     return [questions[i] for i in keep], [prompts[i] for i in keep]
 
 
-def check_sizes(args, size):
-    """The numbers that only make sense together with the data set."""
-    for name in ("questions", *dict(sfl=["candidates"], lilo=["max_candidates"]).get(args.curriculum, [])):
-        if (value := getattr(args, name)) > size:
-            raise ValueError(f"--{name} {value} is more than the {size} questions of {args.dataset}: lower it")
-    if args.curriculum == "sfl" and args.buffer_size > args.candidates:
-        raise ValueError(f"--buffer_size {args.buffer_size} is more than --candidates {args.candidates}: lower it")
-    if args.curriculum == "sfl" and round(args.rho * args.questions) > args.buffer_size:
-        raise ValueError(f"--rho {args.rho} of --questions {args.questions} is more than --buffer_size {args.buffer_size}: "
-                         "raise --buffer_size")
-    if args.curriculum == "lilo" and args.max_candidates < args.questions:
-        raise ValueError(f"--max_candidates {args.max_candidates} is less than --questions {args.questions}: raise it")
+# --------------------------------------------------------------------------- checkpoints
+# model/ is what from_pretrained loads; state/ is what an exact resume needs besides
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Checkpoints: model/ is what from_pretrained loads; state/ is what an exact resume needs besides
+def start_or_resume(run, args):
+    """Prepare the run's folder, or load its checkpoint; a run that was stopped before its first one
+    starts anew. Returns the evaluation before training."""
+    run.out.mkdir(parents=True, exist_ok=True)
+    write(run.out / "config.json", json.dumps(vars(args), indent=1) + "\n")
+    if (run.out / "state" / "training.pt").exists():
+        load_state(run)
+    if run.start == 0:
+        before = {"greedy": run.evaluate(), "sampled": run.evaluate(samples=8)}
+        write(run.out / "evaluation.json", json.dumps({"before": before}))
+        save(run, 0)
+    return json.loads((run.out / "evaluation.json").read_text())["before"]
 
 
-def save(out, iteration, policy, tokenizer, rng, state, critic, optimizers):
-    """state/training.pt holds everything a resume needs, the weights that belong to it too: one file, renamed over the
-    old one, so that an interrupted save leaves the previous checkpoint. The critic lies beside it for vineppo.py."""
-    (out / "state").mkdir(exist_ok=True)
-    loop = dict(iteration=iteration, rng=rng.bit_generator.state, curriculum=state)
-    torch.save(dict(loop=json.dumps(loop), policy=policy.state_dict(), critic=critic and critic.state_dict(),
-                    optimizers=[o.state_dict() for o in optimizers]), out / "state" / "training.tmp")
-    os.replace(out / "state" / "training.tmp", out / "state" / "training.pt")
-    sft.save(policy, tokenizer, out / "model")
-    if critic is not None:
-        critic.save(out / "state" / "critic.tmp")
-        os.replace(out / "state" / "critic.tmp", out / "state" / "critic.safetensors")
+def write(path, text):
+    """The file is the old one or the new one, whatever interrupts this."""
+    path.with_suffix(".tmp").write_text(text)
+    os.replace(path.with_suffix(".tmp"), path)
 
 
-def load_state(out, rng, state, policy, critic, optimizers):
-    """The inverse of `save`; returns the iteration to go on with, and forgets the metrics logged after it."""
+def save(run, iteration):
+    """state/training.pt holds everything a resume needs, the weights that belong to it too: one
+    file, renamed over the old one, so that an interrupted save leaves the previous checkpoint."""
+    folder = run.out / "state"
+    folder.mkdir(exist_ok=True)
+    rng = run.rng.bit_generator.state
+    loop = {"iteration": iteration, "rng": rng, "curriculum": run.state}
+    state = {
+        "loop": json.dumps(loop),
+        "policy": run.policy.state_dict(),
+        "critic": run.critic and run.critic.state_dict(),
+        "optimizer": run.optimizer.state_dict(),
+    }
+    torch.save(state, folder / "training.tmp")
+    os.replace(folder / "training.tmp", folder / "training.pt")
+    data.save_model(run.policy, run.tokenizer, run.out / "model")
+
+
+def load_state(run):
+    """The inverse of `save`; and it forgets the metrics logged after it."""
+    path = run.out / "state" / "training.pt"
     try:
-        training = torch.load(out / "state" / "training.pt", map_location="cpu", weights_only=True)
-        loop = json.loads(training["loop"])
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        loop = json.loads(state["loop"])
     except (OSError, ValueError, RuntimeError, KeyError) as error:
-        raise ValueError(f"--resume {out}: no usable {out / 'state' / 'training.pt'} "
-                         f"({evaluation.first_line(error)}): start anew with --out") from error
-    states = training["policy"], training["critic"], *training["optimizers"]
-    for thing, saved in zip((policy, critic, *optimizers), states):
-        if thing is not None:
-            thing.load_state_dict(saved)
-    rng.bit_generator.state = loop["rng"]
-    state.update(loop["curriculum"])
-    metrics = out / "metrics.jsonl"
+        raise ValueError(
+            f"--resume {run.out}: no usable {path} ({data.first_line(error)}): start anew with "
+            "--out"
+        ) from error
+    run.policy.load_state_dict(state["policy"])
+    if run.critic is not None:
+        run.critic.load_state_dict(state["critic"])
+    run.optimizer.load_state_dict(state["optimizer"])
+    run.rng.bit_generator.state = loop["rng"]
+    run.state.update(loop["curriculum"])
+    run.start = loop["iteration"]
+    metrics = run.out / "metrics.jsonl"
     rows = metrics.read_text().splitlines(keepends=True) if metrics.exists() else []
-    (out / "metrics.tmp").write_text("".join(rows[: loop["iteration"]]))
-    os.replace(out / "metrics.tmp", metrics)
-    return loop["iteration"]
+    write(metrics, "".join(rows[: run.start]))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# What a run tells
+# --------------------------------------------------------------------------- will it fit?
 
 
-def summary(out, before, after):
-    """Accuracy before and after, by difficulty; a few responses; where things lie."""
-    was, now = before["greedy"], after["greedy"]
+def memory(args, model, half):
+    """{owner: bytes} at the peak, which is in the update. model: may lie on the meta device; half:
+    are matrix products in bfloat16? Activations are those of a Llama-like layer."""
+    config = model.config.get_text_config()
+    layers, hidden = config.num_hidden_layers, config.hidden_size
+    heads = config.num_attention_heads
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    kv = kv_heads * (getattr(config, "head_dim", None) or hidden // heads)
+    inner = getattr(config, "intermediate_size", None) or 4 * hidden
+    policy = 4 * sum(p.numel() for p in model.parameters())
+    critic = 4 * sum(p.numel() for p in model.base_model.parameters()) * (args.algo == "ppo")
+    columns = -(-min(args.context, PROMPT + args.max_new_tokens) // 64) * 64
+    width = 2 if half else 4
+    slots = args.slots or min(512 if half else 256, args.questions * args.rollouts)
+    # what a layer keeps for the backward pass, a token
+    kept = 4 * (9 * hidden + 4 * inner + 1.5 * kv) * (0.6 if half else 1)
+    tokens = args.tokens_per_microbatch
+    activations = tokens * layers * kept
+    if args.gradient_checkpointing:
+        activations = tokens * (layers * 4 * hidden + kept)
+    logits = 8 * min(tokens * config.vocab_size, 2**25)  # a chunk and its softmax
+    return {
+        "policy": policy + policy / 2 * half,  # and its copy that decodes
+        "critic": critic,
+        "reference": policy * (args.kl_coef > 0 or args.kl_sample > 0),
+        "optimizer": 2 * (policy + critic),
+        "gradients": max(policy, critic),
+        "cache": slots * (columns * 2 * layers * kv * width + 16 * config.vocab_size),
+        "activations": activations + logits,
+    }
 
-    def line(name, a, b, note=""):
-        return f"{name:<18}  {a:8.3f} {b:8.3f}   {note}".rstrip()
 
-    lines = ["", f"held-out accuracy   {'before':>8} {'after':>8}",
-             line("greedy, all", was["accuracy"], now["accuracy"], f"standard error {now['accuracy_se']:.3f}")]
-    for (level, a), b in zip(was["by_level"].items(), now["by_level"].values()):
-        lines.append(line(f"  level {level}", a["accuracy"], b["accuracy"], f"n = {b['n']}"))
-    lines += [line("sampled", before["sampled"]["accuracy"], after["sampled"]["accuracy"]),
-              line("response length", was["response_length"], now["response_length"], "tokens, greedy")]
-    for example in now["examples"][:3]:
-        lines += ["", f"question: {example['question'].strip()}   (answer: {example['answer']})",
-                  *(f"    {line}" for line in example["response"].splitlines()), f"    reward {example['reward']:.0f}"]
-    lines += ["", f"model    {out / 'model'}", f"metrics  {out / 'metrics.jsonl'}",
-              f"look at  python eval.py --plot {out};  python sfl.py --report {out}"]
+PROMPT = 256  # tokens of a question, taken to be the longest
+LESS = "--gradient_checkpointing, --tokens_per_microbatch, --slots, --max_new_tokens"
+
+
+def dry_run(args):
+    """What a run would take, from the model's configuration alone. A table as text."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    device = data.pick_device(args.device)
+    half = args.dtype == "bfloat16" or (args.dtype == "auto" and device.startswith("cuda"))
+    if args.model == "tiny":
+        model = sft.tiny_model(sft.tiny_tokenizer(), 0)
+    else:
+        try:
+            config = AutoConfig.from_pretrained(args.model)
+        except Exception as error:
+            reason = data.first_line(error)
+            raise ValueError(f"cannot read the config of {args.model!r}: {reason}") from error
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+    owners = memory(args, model, half)
+    parameters = sum(p.numel() for p in model.parameters())
+    lines = [f"{args.model}: {parameters / 1e6:,.1f} million parameters, {args.algo} on {device}"]
+    for owner, size in [*owners.items(), ("together", sum(owners.values()))]:
+        lines.append(f"{owner:<12}{size / 2**30:9.2f} GiB")
+    free = data.free_memory(device)
+    if free is not None:
+        fits = "it fits" if sum(owners.values()) < free else f"it does not fit: try {LESS}"
+        lines.append(f"{'free':<12}{free / 2**30:9.2f} GiB: {fits}")
+    if args.algo == "ppo":
+        lines.append("--algo vineppo or grpo needs no critic")
     return "\n".join(lines)
 
 
-def report(runs, path):
-    """The paper's first figure: over training, the share of the training questions solved by all attempts, by none and by
-    some; and the held-out questions' success rates before and after. A row a run; a table is printed."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    data = []
-    for run in runs:
-        rows = evaluation.read_run(run)
-        try:
-            results = json.loads(Path(run, "evaluation.json").read_text())
-            sampled = {when: result["sampled"] for when, result in results.items()}
-        except (OSError, ValueError) as error:
-            raise ValueError(f"{run} holds no readable evaluation.json ({evaluation.first_line(error)}): "
-                             "was it made by sfl.py?") from error
-        data.append((Path(run).resolve().name, rows, sampled))
-    figure, axes = plt.subplots(len(runs), 2, figsize=(10, 2.6 * len(runs) + 0.6), squeeze=False)
-    print(f"{'run':<36} {'questions solved by':>20} all   none  some    held-out: all   none  some")
-    for (name, rows, sampled), (left, right) in zip(data, axes):
-        iterations = [row["iteration"] for row in rows]
-        parts = [np.array([row[key] for row in rows]) for key in ("solved_by_none", "learnable", "solved_by_all")]
-        left.stackplot(iterations, *parts, labels=("none", "some: learnable", "all"),
-                       colors=("#CCCCCC", "#D55E00", "#0072B2"))
-        left.set(title=f"{name}: training questions", xlabel="iteration", ylabel="share solved by", ylim=(0, 1),
-                 xlim=(1, max(2, len(rows))))
-        left.legend(loc="lower left", fontsize=8)
-        for i, (when, result) in enumerate(sampled.items()):
-            success, k = np.array(result["success"]), result["samples"]
-            heights = np.bincount(np.rint(success * k).astype(int), minlength=k + 1) / len(success)
-            right.bar(np.arange(k + 1) + (i - 0.5) * 0.4, heights, 0.4, label=when, color=("#999999", "#0072B2")[i])
-            thirds = [(success == 1).mean(), (success == 0).mean(), ((success > 0) & (success < 1)).mean()]
-            for phase, part in (("first", rows[: max(1, len(rows) // 10)]), ("last", rows[-max(1, len(rows) // 10) :])):
-                if (phase == "first") == (when == "before"):
-                    keys = ("solved_by_all", "solved_by_none", "learnable")
-                    mean = [np.mean([row[key] for row in part]) for key in keys]
-                    print(f"{name if i == 0 else '':<36} {phase + ' tenth':>20} " + " ".join(f"{x:5.2f}" for x in mean)
-                          + f"   {when:>8}:  " + " ".join(f"{x:5.2f}" for x in thirds))
-        right.set(title="held-out questions", xlabel=f"successes in {k} attempts", ylabel="share of questions")
-        right.legend(fontsize=8)
-    figure.tight_layout()
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
-    print(f"wrote {path}")
+# --------------------------------------------------------------------------- settings
 
+# See data.read_settings. Behind the comma: the papers' on GSM8K (arXiv 2502.12272, 2410.01679).
+SETTINGS = """
+algo             ppo            ppo|vineppo|grpo|rloo how a reward becomes credit
+curriculum       posterior,sfl  uniform|sfl|lilo|dapo|posterior how questions are chosen
+iterations       76,650         1..   iterations of training
+seed             0              0..   of everything random in the training
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Command line
+questions        16,64          1..   questions an iteration (N_l)
+rollouts         8              1..   responses to each question
+rho              1.0,0.5        0..1  share of questions chosen by learnability; the rest is uniform
+refresh_every    15,50          1..   sfl: iterations between two scorings (T)
+candidates       512,1280       1..   sfl: questions scored each time (N)
+buffer_size      40,256         1..   sfl: how many of them are kept (K)
+score_rollouts   8              2..   sfl: responses to each candidate (L)
+max_candidates   128,256        1..   lilo, dapo: questions drawn in an iteration, at most
+stop_early       off            -     lilo: draw no more once enough questions are learnable
+memory           0.95,0.98      0..1  posterior: share of the evidence that an iteration keeps
 
+temperature      1.0,0.6        0..   of the sampling, also of the log-probs in the loss
+top_p            1.0,0.9        0..1  nucleus of the sampling
+max_new_tokens   96,1024        1..   longest response; a longer one is cut off and worth 0
+context          256,2048       2..   longest prompt and response together, in tokens
 
-def add_flag(parser, name, kind, text):
-    flag, text = f"--{name}", text.replace("%", "%%")
-    if kind is bool:
-        parser.add_argument(flag, action="store_true", default=None, help=text)
-    elif isinstance(kind, tuple):
-        parser.add_argument(flag, choices=kind, help=text)
-    else:
-        parser.add_argument(flag, type=kind, metavar={int: "N", float: "X", str: "S"}[kind], help=text)
+lr               2e-4,1e-6      0..   learning rate of the policy (AdamW, no weight decay)
+critic_lr        1e-3,1e-6      0..   learning rate of the critic
+warmup           0.03           0..1  share of the iterations in which the learning rate rises
+lr_schedule      constant,linear constant|linear after the warm-up; linear: to 0 at the end
+epochs           1,2            1..   passes over an iteration's rollouts
+minibatch        128,64         1..   rollouts an optimizer step
+loss_average     token          token|response over all tokens, or 1/|o| for each response (GRPO)
+clip             0.2            0..   PPO's ratio clip
+value_clip       0.2            0..   PPO's value clip
+kl_coef          0.0,1e-4       0..   weight of a response's KL to the starting model
+kl_sample        16             0..   with kl_coef 0: rollouts whose KL is measured; 0: none
+gamma            1.0            0..1  discount
+lam              1.0            0..1  GAE's lambda
+max_ratio        10.0           0..   a minibatch with a larger mean ratio is skipped
+max_grad_norm    1.0            0..   gradient norm that is clipped to
+
+mc_rollouts      9              1..   vineppo: fresh responses from each state (K)
+mc_max_steps     0              0..   vineppo: steps whose end is estimated; 0: 25, or 20 of math's
+mc_spend         all            all|bisect vineppo: estimate all states, or where values change
+steps            auto           auto|lines|math vineppo: steps are lines, sentences, as data has it
+
+tokens_per_microbatch 2048,16384     1..   padded tokens at a time; lower it if memory runs out
+gradient_checkpointing off            -     recompute activations in the backward pass: less memory
+slots            0              0..   sequences decoded at once; 0: by free memory
+
+eval_every       10,25          1..   iterations between two evaluations (held-out, greedy)
+eval_limit       0              0..   held-out questions, a random subset; 0: all
+save_every       10,25          1..   iterations between two checkpoints
+
+preset           -              -     a paper's run by name; other flags change it
+dataset          arithmetic     -     names, joined by commas, or a file's or folder's path
+data_dir         -              -     a folder with the named data set's files, instead of the hub
+question_field   -              -     the rows' name for the question; as usual: found by itself
+answer_field     -              -     and for the answer
+solution_field   -              -     and for the solution
+model            tiny,realtreetune/rho-1b-sft-GSM8K -     tiny, a hub id or a model's folder
+out              -              -     folder of the run; by default a new one under runs/
+resume           -              -     a run's folder: go on exactly where its checkpoint is
+dry_run          off            -     say what memory the run would take, and stop
+device           auto           -     auto, cpu, cuda or mps
+dtype            auto           auto|float32|bfloat16 of matrix products; auto: bfloat16 on CUDA
+chat             auto           auto|on|off prompt through the chat template; auto: if there is one
+engine           slots          slots|hf hf: model.generate, for models the slots do not fit
+stop             -              -     a text that ends a response and is not graded; \\n: a newline
+judges           0              0..   processes that compare LaTeX answers; 0: one a core
+last_number      off            -     a response with no marked answer is graded by its last number
+skip_long        off            -     leave out questions that do not fit the context
+cache            runs/cache     -     where the tiny starting model is kept
+"""
+# The papers' runs. PPO by default; --algo vineppo is the other. What is not said is the table's.
+FAST = "--curriculum sfl --refresh_every 10 --candidates 256 --buffer_size 64"
+GSM8K = r"--dataset gsm8k --stop \n\n\nProblem:"
+MATH = (
+    r"--dataset math --stop \n\n\nProblem: --model realtreetune/rho-1b-sft-MATH --iterations 1000"
+)
+PRESETS = {
+    "uniform-gsm8k": f"{GSM8K} --curriculum uniform",
+    "sfl-gsm8k": f"{GSM8K} --curriculum sfl",
+    "sfl-fast-gsm8k": f"{GSM8K} {FAST}",
+    "lilo-gsm8k": f"{GSM8K} --curriculum lilo",
+    "uniform-math": f"{MATH} --curriculum uniform",
+    "sfl-math": f"{MATH} --curriculum sfl",
+    "sfl-fast-math": f"{MATH} {FAST}",
+    "lilo-math": f"{MATH} --curriculum lilo",
+    "grpo-orz": "--algo grpo --dataset orz --curriculum lilo",
+}
+CHANGEABLE = ("iterations", "device", "tokens_per_microbatch", "slots", "eval_every", "save_every")
+CHANGEABLE += ("gradient_checkpointing", "data_dir", "cache", "judges")  # on --resume
 
 
 def parse(argv=None):
-    """(args, resume). Flags that were not given take the data set's defaults, or on --resume the run's own settings."""
-    parser = argparse.ArgumentParser(allow_abbrev=False, description="Sampling for learnability: RL on the questions a model "
-                                                                     "can almost answer.")
-    parser.add_argument("--resume", metavar="DIR", help="go on with this run, exactly where its checkpoint stopped")
-    parser.add_argument("--report", nargs="+", metavar="RUN", help="draw what these runs' questions were solved by")
-    for name, (kind, default, text) in EVERYWHERE.items():
-        add_flag(parser, name, kind, text + ("" if default in (None, False) else f" (default {default})"))
-    for name, (kind, small, large, text) in SETTINGS.items():
-        default = f" (default {small}" + (")" if small == large else f"; other data sets {large})")
-        add_flag(parser, name, kind, text + ("" if small is None or kind is bool else default))
-    given = evaluation.parse_args(parser, argv)
-    flags = {name: value for name, value in vars(given).items() if value is not None}
-    flags.pop("resume", None), flags.pop("report", None)
-    if given.report:
-        return argparse.Namespace(report=given.report, out=given.out), False
-    if given.resume:
-        return resumed(Path(given.resume), flags), True
-    args = {name: default for name, (_, default, _) in EVERYWHERE.items()} | flags
-    embedded = args["dataset"] == "arithmetic"
-    args = {name: small if embedded else large for name, (_, small, large, _) in SETTINGS.items()} | args
-    args["model"] = args["model"] or ("tiny" if embedded else DEFAULT_MODEL)
-    args = argparse.Namespace(**args)
-    check_values(args)
+    """The settings: flags that were not given have the data set's default or, on --resume, the
+    run's own."""
+    flags = data.parse_flags(SETTINGS, "RL on the questions a model can almost answer.", argv)
+    if "resume" in flags:
+        return resumed(flags)
+    if "preset" in flags:
+        if flags["preset"] not in PRESETS:
+            raise ValueError(f"--preset {flags['preset']}: choose from {', '.join(PRESETS)}")
+        preset = PRESETS[flags["preset"]].split()
+        flags = data.parse_flags(SETTINGS, "", preset) | flags  # what is given has the last word
+    other = flags.get("dataset", "arithmetic") != "arithmetic"
+    defaults = {name: row[other] for name, row in data.read_settings(SETTINGS).items()}
+    args = SimpleNamespace(**defaults | flags)
+    check(args)
     name = f"runs/{Path(args.dataset).stem}-{args.algo}-{args.curriculum}"
     if args.out is None:  # a new folder each time: nothing is overwritten
-        args.out = next(f"{name}-{i}" for i in itertools.count(1) if not Path(f"{name}-{i}").exists())
-    elif Path(args.out).exists() and (not Path(args.out).is_dir() or any(Path(args.out).iterdir())):
-        raise ValueError(f"--out {args.out} holds something already: go on with that run by --resume {args.out}, or give "
-                         "another --out")
-    return args, False
-
-
-def resumed(out, flags):
-    try:
-        saved = json.loads((out / "config.json").read_text())
-    except (OSError, ValueError) as error:
-        raise ValueError(f"--resume {out}: no run there ({evaluation.first_line(error)})") from error
-    for name, value in flags.items():
-        if name not in CHANGEABLE and saved.get(name) != value:
-            raise ValueError(f"--{name} {value} cannot change on --resume (the run has {saved.get(name)}): leave it out, "
-                             f"or start a new run with --out; these can: {', '.join(sorted(CHANGEABLE))}")
-    args = argparse.Namespace(**saved | flags | {"out": str(out)})
-    check_values(args)
+        names = (f"{name}-{i}" for i in itertools.count(1))
+        args.out = next(name for name in names if not Path(name).exists())
+    out = Path(args.out)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(
+            f"--out {out} holds something already: go on with that run by --resume {out}, or give "
+            "another --out"
+        )
     return args
 
 
-def check_values(args):
-    """Each flag by itself. ValueError names the value and its limits."""
-    at_least = dict(iterations=1, questions=1, rollouts=1, refresh_every=1, candidates=1, buffer_size=1, score_rollouts=2,
-                    max_candidates=1, max_new_tokens=1, context=2, epochs=1, minibatch=1, mc_rollouts=1, mc_max_steps=1,
-                    tokens_per_microbatch=1, eval_every=1, save_every=1, slots=1, eval_limit=1, temperature=0, lr=0,
-                    critic_lr=0, clip=0, value_clip=0, kl_coef=0, max_grad_norm=0, seed=0)
-    for name, least in at_least.items():
-        value = getattr(args, name)
-        if value is not None and not value >= least:
-            raise ValueError(f"--{name} {value} must be at least {least}")
-    for name in ("rho", "gamma", "lam", "warmup", "memory", "top_p"):
-        if not 0 <= getattr(args, name) <= 1:
-            raise ValueError(f"--{name} {getattr(args, name)} must be in [0, 1]")
+def resumed(flags):
+    out = Path(flags["resume"])
+    try:
+        saved = json.loads((out / "config.json").read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--resume {out}: no run there ({data.first_line(error)})") from error
+    for name in flags.keys() - {"resume", *CHANGEABLE}:
+        if saved.get(name) != flags[name]:
+            raise ValueError(
+                f"--{name} {flags[name]} cannot change on --resume (the run has "
+                f"{saved.get(name)}): leave it out, or start a new run with --out; these can: "
+                f"{', '.join(sorted(CHANGEABLE))}"
+            )
+    args = SimpleNamespace(**saved | flags | {"out": str(out)})
+    check(args)
+    return args
+
+
+def check(args, size=None):
+    """ValueError: settings that do not make sense, by themselves, together, or (once the questions
+    are loaded) with `size` questions."""
+    data.check_settings(SETTINGS, args)
     if args.temperature == 0 or args.top_p == 0:
-        raise ValueError("--temperature and --top_p must be above 0: training samples several different responses")
-    if args.algo in ("grpo", "rloo") or args.curriculum in ("lilo", "posterior"):
-        if args.rollouts < 2:
-            raise ValueError(f"--rollouts {args.rollouts}: {args.algo} with {args.curriculum} compares responses to one "
-                             "question: give at least 2")
-    if args.model == "tiny" and args.dataset != "arithmetic":
-        raise ValueError(f"--model tiny knows only arithmetic, not {args.dataset!r}: give --model a hub id or a folder")
-    if args.engine not in ("slots", "hf") or args.dtype not in ("auto", "float32", "bfloat16"):
-        raise ValueError(f"--engine {args.engine} must be slots or hf, --dtype {args.dtype} auto, float32 or bfloat16")
+        raise ValueError("--temperature and --top_p must be above 0: training samples differ")
+    compares = args.algo in ("grpo", "rloo") or args.curriculum in ("lilo", "dapo", "posterior")
+    if compares and args.rollouts < 2:
+        raise ValueError(
+            f"--rollouts {args.rollouts}: {args.algo} with {args.curriculum} compares responses to "
+            "one question: give at least 2"
+        )
+    if args.model == "tiny":
+        sft.check_tiny(args)
+    sizes = {"questions": args.questions}
+    chosen = round(args.rho * args.questions)
+    at_most = []  # (flag, its value, what it may not pass, that one's value, which to change)
+    if args.curriculum == "sfl":
+        sizes["candidates"] = args.candidates
+        at_most = [("buffer_size", args.buffer_size, "--candidates", args.candidates, "lower it")]
+        raise_it = "raise --buffer_size"
+        at_most += [("rho times --questions", chosen, "--buffer_size", args.buffer_size, raise_it)]
+    if args.curriculum in ("lilo", "dapo"):
+        sizes["max_candidates"] = args.max_candidates
+        raise_it = "raise --max_candidates"
+        at_most = [("questions", args.questions, "--max_candidates", args.max_candidates, raise_it)]
+    if size is not None:
+        what = f"the questions of {args.dataset},"
+        at_most += [(name, value, what, size, "lower it") for name, value in sizes.items()]
+    for name, value, what, limit, way_out in at_most:
+        if value > limit:
+            raise ValueError(f"--{name} {value} is more than {what} {limit}: {way_out}")
+
+
+def summary(out, before, after):
+    """What the command prints in the end."""
+    lines = ["", evaluation.table({"before": before["greedy"], "after": after["greedy"]})]
+    responses = before["greedy"]["responses"], after["greedy"]["responses"]
+    for pair in zip(*responses):
+        lines += ["", f"question: {pair[0]['question'].strip()}   (answer: {pair[0]['answer']})"]
+        for when, example in zip(("before", "after"), pair):
+            lines.append(f"  {when}, reward {example['reward']:.0f}")
+            lines += [f"    {line}" for line in example["response"].splitlines()]
+    lines += ["", f"model    {out / 'model'}", f"metrics  {out / 'metrics.jsonl'}"]
+    return "\n".join([*lines, f"look at  python eval.py --plot {out}"])
 
 
 def main(argv=None):
-    args, resume = parse(argv)
-    if getattr(args, "report", None):
-        report(args.report, args.out or Path(args.report[0], "report.png"))
-        return
+    args = parse(argv)
+    if args.dry_run:
+        return print(dry_run(args))
     try:
-        before, after = train(args, resume)
+        before, after = train(args)
     except KeyboardInterrupt:
-        saved = Path(args.out, "state", "training.pt").exists()
-        print("\ninterrupted: " + (f"go on from the last checkpoint with --resume {args.out}" if saved else "nothing saved"),
-              file=sys.stderr)
+        started = Path(args.out, "config.json").exists()
+        way_out = f"go on from the last checkpoint with --resume {args.out}"
+        print("\ninterrupted: " + (way_out if started else "nothing saved"), file=sys.stderr)
         sys.exit(130)
     print(summary(Path(args.out), before, after))
 
 
 if __name__ == "__main__":
-    evaluation.command_line(main)
+    data.command_line(main)

@@ -1,82 +1,234 @@
-"""The README's experiments on the arithmetic task, each one command; runs that are already there are not run again.
+"""The experiments behind the README's tables and figures, each one command.
 
-    python tests/experiments.py tune          # uniform's learning rate, chosen before the curricula are compared
-    python tests/experiments.py curricula     # uniform, its compute-matched forms, sfl, lilo, posterior; ppo and grpo
-    python tests/experiments.py credit        # ppo, vineppo and grpo on the same curriculum
-    python tests/experiments.py cost          # an iteration of ppo, vineppo, vineppo --mc_reuse: seconds and tokens
-    python tests/experiments.py theory        # improvement after one small step on a question against its learnability
+    python tests/experiments.py tune       # each curriculum's learning rate, one seed
+    python tests/experiments.py curricula  # all curricula, each with its own settings
+    python tests/experiments.py map        # where choosing pays: the learnable share from 0.5 down
+    python tests/experiments.py credit     # ppo, vineppo and grpo on the same curriculum
+    python tests/experiments.py cost       # an iteration of ppo and vineppo: seconds and tokens
+    python tests/experiments.py spend      # --mc_spend bisect against all states at K = 256
+    python tests/experiments.py theory     # improvement after one step against learnability
+    python tests/experiments.py values --model RUN   # Monte Carlo and critic against true values
 
-Flags after `--` go to every run of sfl.py. An arm's runs differ in --seed alone. The goal is the final accuracy of the first arm (mean of its seeds over the last three
-evaluations), and 9/10 is nine tenths of the way there; what an arm needed is read where the mean of three evaluations in a row
-first reaches it. Tokens and seconds count everything but evaluation: scoring, rollouts, credit, update. "learnable": the share
-of the training questions that some but not all responses solved. Tables go to stdout, figures to --out.
+Flags after `--` go to every run of sfl.py; runs that are already there are not run again. An arm's
+runs differ in --seed alone. The goal is the best accuracy of the first arm (of the mean over its
+seeds and over three evaluations in a row); what an arm needed is read where the mean of three
+evaluations in a row first reaches it. Tokens and seconds count everything but evaluation: scoring,
+rollouts, credit, update. "learnable": the share of the questions trained on that some but not all
+responses solved. Tables go to stdout, figures to --out.
 """
 
 import argparse
+import itertools
 import json
 import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-import eval as evaluation  # noqa: E402
+sys.path.insert(0, str(ROOT))  # what is slow to import is imported where it is used
 
-EVERY = ["--eval_every", "2", "--save_every", "1000000"]
+# --------------------------------------------------------------------------- curricula and others
+
+EVERY = ["--eval_every", "4", "--save_every", "1000000", "--kl_sample", "0"]
+SFL = "--curriculum sfl --candidates 512 --buffer_size 40 --refresh_every 15 --rho 1"
+# Each with its own learning rate (`tune`), and long enough to see where it ends.
 CURRICULA = {
-    "uniform": ["--curriculum", "uniform"],
-    "uniform, 4x questions": ["--curriculum", "uniform", "--questions", "128", "--minibatch", "1024"],
-    "uniform, 4x rollouts": ["--curriculum", "uniform", "--rollouts", "32", "--minibatch", "1024"],
-    "sfl": ["--curriculum", "sfl"],
-    "lilo": ["--curriculum", "lilo"],
-    "posterior": ["--curriculum", "posterior"],
+    "uniform": "--curriculum uniform --lr 1e-4 --iterations 160",
+    "uniform, 4x questions": "--curriculum uniform --lr 2e-4 --questions 64 --minibatch 512 "
+    "--iterations 80",
+    "dapo": "--curriculum dapo --max_candidates 256 --lr 2e-4 --iterations 40",
+    "sfl": f"{SFL} --lr 2e-4 --iterations 80",
+    "lilo": "--curriculum lilo --lr 2e-4 --iterations 60",
+    "posterior": "--curriculum posterior --rho 1 --lr 2e-4 --iterations 100",
+    "posterior, no levels": "--curriculum posterior --rho 1 --lr 2e-4 --iterations 100",
 }
+COMMON = "--questions 16 --minibatch 128"
+
+
+def flags_of(algo, name):
+    return f"--algo {algo} {COMMON} {CURRICULA[name]}".split()
+
+
+def tune(args):
+    for algo in args.algos:
+        for name in args.arms:
+            arms = {f"lr {lr}": [*flags_of(algo, name), "--lr", lr] for lr in args.lrs}
+            run_and_compare(args, f"{algo}-{name}-lr", arms, f"{algo}-{name}-")
+
+
+def curricula(args):
+    for algo in args.algos:
+        arms = {name: flags_of(algo, name) for name in args.arms}
+        run_and_compare(args, algo, arms, f"{algo}-")
+
+
+def credit(args):
+    """The same questions for all."""
+    arms = {algo: flags_of(algo, args.arm) for algo in ("ppo", "vineppo", "grpo")}
+    run_and_compare(args, f"credit-{args.arm}", arms, "", f"-{args.arm}")
+
+
+SHARES = (0.5, 0.25, 0.08, 0.02)
+
+
+def map_of_shares(args, goal=0.8):
+    """Iterations and tokens to the goal against the learnable share of the pool."""
+    from matplotlib.figure import Figure
+
+    from eval import COLORS
+
+    arms = ("uniform", "sfl", "posterior")
+    folders, jobs = {}, {}
+    for share, name, seed in itertools.product(SHARES, arms, range(args.seeds)):
+        folder = Path(args.runs, f"grpo-{name}-seed{seed}")  # the default share's: `curricula`'s
+        if share != 0.08:
+            folder = Path(args.runs, f"share{share}-{name}-seed{seed}")
+        folders[share, name, seed] = folder
+        jobs[folder] = [*flags_of("grpo", name), *args.flags, "--seed", str(seed)]
+        jobs[folder] += ["--share", str(share)]
+    execute(jobs, args.workers)
+    figure = Figure(figsize=(9, 3.6))
+    axes = figure.subplots(1, 2)
+    for spent, ax in zip(("iteration", "tokens"), axes):
+        name_of = {"iteration": "iterations", "tokens": "1,000 tokens"}[spent]
+        print(f"\n{name_of} to {goal}, mean ± sd of {args.seeds} seeds\n")
+        print(f"| arm | {' | '.join(f'{share:.0%}' for share in SHARES)} |")
+        print("|" + "---|" * (len(SHARES) + 1))
+        for color, name in zip(COLORS, arms):
+            cells, points = [], []
+            for share in SHARES:
+                runs = [curve(folders[share, name, seed]) for seed in range(args.seeds)]
+                needed = [reached(run, goal, spent) for run in runs]
+                cells.append(spread(needed, unit=1000 if spent == "tokens" else 1))
+                points += [(share, need) for need in needed if need is not None]
+            print(f"| {name} | {' | '.join(cells)} |")
+            x, y = np.array(points).reshape(-1, 2).T
+            ax.scatter(x, y, s=10, color=color)
+            all_there = [share for share in SHARES if (x == share).sum() == args.seeds]
+            means = [(share, np.mean(y[x == share])) for share in all_there]
+            ax.plot(*np.array(means).reshape(-1, 2).T, color=color, label=name)
+        ax.set(xscale="log", yscale="log", xlabel="learnable share of the pool")
+        ax.minorticks_off()
+        nice = (20, 50, 100) if spent == "iteration" else (50_000, 100_000, 200_000, 500_000)
+        ax.set_yticks(nice, [f"{tick:,}" for tick in nice])
+        ax.set_xticks(SHARES, [f"{share:.0%}" for share in SHARES])
+        unit = {"iteration": "iterations", "tokens": "tokens"}[spent]
+        ax.set_title(f"{unit} to an accuracy of {goal}", fontsize=10)
+        ax.spines[["top", "right"]].set_visible(False)
+        ax.invert_xaxis()
+    axes[0].legend(frameon=False, fontsize=8)
+    save(figure, Path(args.out, "map.png"))
+
+
+def run_and_compare(args, title, arms, before, after=""):
+    """arms: {name: flags}. The runs lie in folders named `before`, the arm, `after`, the seed."""
+    import sft
+
+    sft.tiny_base("runs/cache")  # once, not in each run
+    folders, jobs = {}, {}
+    for name in arms:
+        arm = (before + name + after).replace(", ", "-").replace(" ", "-")
+        folders[name] = [Path(args.runs, f"{arm}-seed{seed}") for seed in range(args.seeds)]
+    for seed in range(args.seeds):  # all arms' first seeds first
+        for name, flags in arms.items():
+            jobs[folders[name][seed]] = [*flags, *args.flags, "--seed", str(seed)]
+    execute(jobs, args.workers)
+    runs = {name: [curve(folder) for folder in folders[name]] for name in arms}
+    goal = print_table(title, runs)
+    draw_curves(title, runs, goal, Path(args.out, f"{title}.png"))
+
+
+# A run of sfl.py, with another pool of questions.
+CHANGED = """
+import sys
+sys.path.insert(0, {folder!r})
+import data, sfl
+data.LEARNABLE_SHARE = {share}
+questions_of = data.load_questions
+def without_levels(*args, **settings):
+    questions = questions_of(*args, **settings)
+    for question in questions:
+        question.level = None
+    return questions
+if {hide}:
+    data.load_questions = without_levels
+data.command_line(sfl.main)
+"""
+
+
+def changes(folder, flags):
+    """--share S is the pool's learnable share; the name of an arm may say that levels are hid."""
+    share = 0.08
+    if "--share" in flags:
+        at = flags.index("--share")
+        share = flags[at + 1]
+        del flags[at : at + 2]
+    return {"share": share, "hide": "no-levels" in folder.name}
 
 
 def execute(jobs, workers):
-    """jobs: {folder: flags of sfl.py}. Runs those that are not complete, `workers` at a time, a thread each."""
-    def one(folder, flags):
-        if (folder / "evaluation.json").exists() and "after" in json.loads((folder / "evaluation.json").read_text()):
+    """jobs: {folder: flags of sfl.py}. Runs those that are not complete, `workers` at a time, a
+    thread each."""
+
+    def run(folder, flags):
+        evaluation = folder / "evaluation.json"
+        if evaluation.exists() and "after" in json.loads(evaluation.read_text()):
             return
-        how = ["--resume", str(folder)] if (folder / "config.json").exists() else ["--out", str(folder), *EVERY, *flags]
+        how = ["--out", str(folder), *EVERY, *flags]
+        if (folder / "config.json").exists():
+            how = ["--resume", str(folder)]
         folder.parent.mkdir(parents=True, exist_ok=True)
+        command = [
+            sys.executable,
+            "-c",
+            CHANGED.format(folder=str(ROOT), **changes(folder, how)),
+            *how,
+        ]
+        one_thread = os.environ | {"OMP_NUM_THREADS": "1"}
         with open(f"{folder}.log", "w") as log:
-            done = subprocess.run([sys.executable, str(ROOT / "sfl.py"), *how], stdout=log, stderr=subprocess.STDOUT,
-                                  env=os.environ | {"OMP_NUM_THREADS": "1"})
-        print(f"{'done' if done.returncode == 0 else 'FAILED: see ' + log.name}  {folder}", flush=True)
-    with ThreadPoolExecutor(workers) as pool:
-        for result in [pool.submit(one, folder, flags) for folder, flags in jobs.items()]:
+            done = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, env=one_thread)
+        failed = f"FAILED: see {log.name}"
+        print(f"{failed if done.returncode else 'done'}  {folder}", flush=True)
+
+    with ThreadPoolExecutor(workers) as threads:
+        for result in [threads.submit(run, *job) for job in jobs.items()]:
             result.result()
 
 
 def curve(folder):
-    """Evaluations of a run, the starting model's first: arrays iteration, tokens, seconds, accuracy."""
+    """Evaluations of a run, the starting model's first: arrays of what was spent, and accuracy."""
+    import eval as evaluation
+
     before = json.loads((folder / "evaluation.json").read_text())["before"]["greedy"]["accuracy"]
-    rows = [row for row in evaluation.read_run(folder) if row.get("eval_accuracy") is not None]
-    return {"iteration": np.array([0] + [row["iteration"] for row in rows]),
-            "tokens": np.array([0] + [row["tokens"] for row in rows]),
-            "seconds": np.array([0] + [row["seconds"] for row in rows]),
-            "accuracy": np.array([before] + [row["eval_accuracy"] for row in rows]),
-            "learnable": np.mean([row["learnable"] for row in evaluation.read_run(folder)])}
+    rows = evaluation.read_run(folder)
+    evaluated = [row for row in rows if row.get("eval_accuracy") is not None]
+    run = {
+        spent: np.array([0] + [row[spent] for row in evaluated])
+        for spent in ("iteration", "tokens", "seconds")
+    }
+    run["accuracy"] = np.array([before] + [row["eval_accuracy"] for row in evaluated])
+    run["learnable"] = np.mean([row["learnable"] for row in rows])
+    return run
 
 
 def smooth(accuracy):
     return np.array([accuracy[max(0, i - 1) : i + 2].mean() for i in range(len(accuracy))])
 
 
-def reached(run, goal, what):
-    """What the run had spent when its smoothed accuracy first reached the goal; None if it never did."""
+def reached(run, goal, spent):
+    """What the run had spent when its smoothed accuracy first reached the goal; None: never."""
     hits = np.flatnonzero(smooth(run["accuracy"]) >= goal)
-    return run[what][hits[0]] if len(hits) else None
+    return run[spent][hits[0]] if len(hits) else None
 
 
-def spread(values, digits=0):
-    """'mean +- sample sd', and how many seeds got there at all."""
-    there = [v for v in values if v is not None]
+def spread(values, digits=0, unit=1):
+    """'mean +- sample sd' in these units, and how many seeds got there at all."""
+    there = [value / unit for value in values if value is not None]
     if not there:
         return "never"
     sd = np.std(there, ddof=1) if len(there) > 1 else float("nan")
@@ -84,178 +236,553 @@ def spread(values, digits=0):
     return text if len(there) == len(values) else f"{text} ({len(there)}/{len(values)})"
 
 
-def compare(title, arms, out):
-    """arms: {name: [run folder, ...]}. Prints a Markdown table; draws accuracy against iterations, tokens and seconds."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    runs = {name: [curve(folder) for folder in folders] for name, folders in arms.items()}
+def best(group):
+    """The highest accuracy of the mean over seeds."""
+    length = min(len(run["accuracy"]) for run in group)
+    return np.mean([smooth(run["accuracy"])[:length] for run in group], 0).max()
+
+
+def print_table(title, runs):
+    """runs: {arm: a `curve` a seed}. A Markdown table; returns the goal."""
     first = next(iter(runs.values()))
-    goal = np.mean([run["accuracy"][-3:].mean() for run in first])
+    goal = best(first)
     start = first[0]["accuracy"][0]
-    most = start + 0.9 * (goal - start)
-    print(f"\n{title}: {len(first)} seeds. Goal: {goal:.3f}, the final accuracy of `{next(iter(runs))}`; it starts at {start:.3f}, and "
-          f"{most:.3f} is nine tenths of the way.\n")
-    print("| arm | final accuracy | iterations to the goal | iterations to 9/10 | 1,000 tokens to 9/10 | time to 9/10 | learnable |")
-    print("|---|---|---|---|---|---|---|")
-    unit = np.mean([s for run in first if (s := reached(run, most, "seconds"))])  # machines differ: times are ratios to the first arm
+    print(
+        f"\n{title}: {len(first)} seeds. Goal: {goal:.3f}, the best accuracy of "
+        f"`{next(iter(runs))}`; all start at {start:.3f}.\n"
+    )
+    columns = ["arm", "final accuracy", "best", "iterations to the goal"]
+    columns += ["1,000 tokens to the goal", "time to the goal", "learnable"]
+    print(f"| {' | '.join(columns)} |")
+    print("|" + "---|" * len(columns))
+    # machines differ: times are ratios to the first arm
+    seconds = [reached(run, goal, "seconds") for run in first]
+    unit = np.mean([s for s in seconds if s])
     for name, group in runs.items():
-        final = spread([run["accuracy"][-3:].mean() for run in group], 3)
-        whole = spread([reached(run, goal, "iteration") for run in group])
-        near = {what: [reached(run, most, what) for run in group] for what in ("iteration", "tokens", "seconds")}
-        tokens = spread([None if t is None else t / 1000 for t in near["tokens"]])
-        relative = spread([None if t is None else t / unit for t in near["seconds"]], 2)
-        learnable = np.mean([run["learnable"] for run in group])
-        print(f"| {name} | {final} | {whole} | {spread(near['iteration'])} | {tokens} | {relative} | {learnable:.0%} |")
-    figure, axes = plt.subplots(1, 3, figsize=(11, 3.4), sharey=True)
-    for ax, what, scale in zip(axes, ("iteration", "tokens", "seconds"), (1, 1e-3, 1)):
-        for color, (name, group) in zip(evaluation.COLORS, runs.items()):
+        cells = [
+            name,
+            spread([run["accuracy"][-3:].mean() for run in group], 3),
+            f"{best(group):.3f}",
+            spread([reached(run, goal, "iteration") for run in group]),
+            spread([reached(run, goal, "tokens") for run in group], unit=1000),
+            spread([reached(run, goal, "seconds") for run in group], 2, unit),
+            f"{np.mean([run['learnable'] for run in group]):.0%}",
+        ]
+        print(f"| {' | '.join(cells)} |", flush=True)
+    return goal
+
+
+def draw_curves(title, runs, goal, out):
+    """Accuracy against iterations and tokens: mean and range of the seeds."""
+    from matplotlib.figure import Figure  # not pyplot: it needs no screen
+
+    from eval import COLORS
+
+    figure = Figure(figsize=(10, 3.8))
+    axes = figure.subplots(1, 2, sharey=True)
+    labels = {
+        "iteration": ("iteration", 1),
+        "tokens": ("1,000 tokens generated, scoring included", 1e-3),
+    }
+    for ax, (spent, (label, scale)) in zip(axes, labels.items()):
+        for color, (name, group) in zip(COLORS, runs.items()):
             length = min(len(run["accuracy"]) for run in group)
-            x = np.mean([run[what][:length] for run in group], 0) * scale
+            x = np.mean([run[spent][:length] for run in group], 0) * scale
             y = np.array([smooth(run["accuracy"])[:length] for run in group])
             ax.plot(x, y.mean(0), color=color, label=name, linewidth=1.8)
             ax.fill_between(x, y.min(0), y.max(0), color=color, alpha=0.15, linewidth=0)
         ax.axhline(goal, color="#999999", linewidth=0.8, linestyle=":")
-        ax.set_xlabel({"iteration": "iteration", "tokens": "1,000 tokens generated, scoring included", "seconds": "seconds"}[what])
+        ax.set_xlabel(label)
         ax.spines[["top", "right"]].set_visible(False)
     axes[0].set_ylabel("held-out accuracy")
     axes[0].legend(frameon=False, fontsize=8)
-    figure.suptitle(f"{title} (mean and range of {len(first)} seeds)", fontsize=10)
+    seeds = len(next(iter(runs.values())))
+    figure.suptitle(f"{title} (mean and range of {seeds} seeds)", fontsize=10)
+    save(figure, out)
+
+
+def save(figure, out):
     figure.tight_layout()
     Path(out).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(out, dpi=140)
-    print(f"\nwrote {out}")
-
-
-def cost(model, runs, repeats=3):
-    """Seconds and tokens of an iteration of PPO and VinePPO from one checkpoint, on one thread, in alternating runs."""
-    arms = {"ppo": ["--algo", "ppo"], "vineppo": ["--algo", "vineppo"], "vineppo --mc_reuse": ["--algo", "vineppo", "--mc_reuse"]}
-    common = ["--curriculum", "uniform", "--model", str(Path(model, "model") if Path(model, "model").exists() else model),
-              "--iterations", "6", "--eval_limit", "32", "--lr", "0"]
-    seconds, rows = {name: [] for name in arms}, {}
-    for repeat in range(repeats):
-        for name, flags in arms.items():
-            folder = runs / f"cost-{name.replace(' --', '-')}-{repeat}"
-            execute({folder: [*common, *flags, "--seed", str(repeat)]}, 1)
-            rows[name] = evaluation.read_run(folder)[1:]  # the first iteration warms up
-            seconds[name].append(np.mean([sum(row[key] for key in evaluation.SECONDS) for row in rows[name]]))
-    print("| an iteration of | time, ppo = 1: min / median / max | tokens generated | of them for credit | prefilled for "
-          "credit | had each rollout its own prefill |\n|---|---|---|---|---|---|")
-    for name in arms:
-        ratios = np.array(seconds[name]) / seconds["ppo"]
-        mean = {key: np.mean([row.get(key, 0) for row in rows[name]])
-                for key in ("tokens_generated", "tokens_credit", "tokens_credit_prefilled", "tokens_credit_prompted")}
-        print(f"| {name} | {ratios.min():.2f} / {np.median(ratios):.2f} / {ratios.max():.2f} | "
-              f"{mean['tokens_generated'] + mean['tokens_credit']:,.0f} | {mean['tokens_credit']:,.0f} | "
-              f"{mean['tokens_credit_prefilled']:,.0f} | {mean['tokens_credit_prompted']:,.0f} |")
-
-
-def theory(model, out, questions=72, rollouts=384, lr=0.0003, seed=0):
-    """LILO's theorem on real steps. From one checkpoint, for each question alone: the policy gradient of its success from
-    `rollouts` responses, one small step of plain gradient ascent, and the change of its success, measured on as many other
-    responses drawn before the step: E[(ratio - 1)(R - p)], ratio = new / old probability of the response (its
-    expectation is the exact change, and it has far less variance than counting successes again)."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    import torch
-    from tqdm import tqdm
-
-    import ppo
-    import sfl
-    from rollout import generate
-    policy, tokenizer = evaluation.load_model(model)
-    pool = evaluation.load_questions("arithmetic", "train", limit=600, seed=seed)
-    prompts, stops = evaluation.encode_prompts(tokenizer, pool), evaluation.stop_ids(policy, tokenizer)
-
-    def attempt(indices, n, seed):
-        groups = generate(policy, [prompts[i] for i in indices], n=n, max_new_tokens=96, stop_ids=stops, seed=seed)
-        return groups, evaluation.rewards(tokenizer, [pool[i] for i in indices], groups)
-    score = sfl.learnability(attempt(range(len(pool)), 16, seed)[1].sum(1), 16)
-    rng, values = np.random.default_rng(seed), np.unique(score)  # evenly over learnability: most questions have none
-    chosen = np.concatenate([rng.permutation(np.flatnonzero(score == v))[: questions // len(values)] for v in values])
-    weights = [p.detach().clone() for p in policy.parameters()]
-    x, y = [], []
-    for number, i in enumerate(tqdm(chosen, desc="theory", unit="question")):
-        (group, other), rewards = zip(*((g[0], r[0]) for g, r in (attempt([i], rollouts, seed + 1 + 2 * number + k) for k in (0, 1))))
-        p = np.concatenate(rewards).mean()
-        policy.zero_grad()
-        for part in ppo.microbatches(group, 4096):
-            logprob = torch.stack([piece.sum() for piece in ppo.response_logprobs(policy, [group[j] for j in part], 1.0).split(
-                [len(group[j].response) for j in part])])
-            advantage = torch.tensor(rewards[0][part] - rewards[0].mean())
-            (-(advantage * logprob).sum() / rollouts).backward()
-        old = torch.stack([v.sum() for v in ppo.rollout_logprobs(policy, other)])
-        with torch.no_grad():
-            for weight in policy.parameters():
-                weight -= lr * weight.grad
-        new = torch.stack([v.sum() for v in ppo.rollout_logprobs(policy, other)])
-        y.append(float((((new - old).exp() - 1) * torch.tensor(rewards[1] - rewards[1].mean())).mean()))
-        x.append(p * (1 - p))
-        with torch.no_grad():
-            for weight, start in zip(policy.parameters(), weights):
-                weight.copy_(start)
-    x, y, level = np.array(x), np.array(y), np.array([pool[i].level for i in chosen])
-    figure, ax = plt.subplots(figsize=(4.8, 3.6))
-    for name, here, color in (("all", level > 0, None), ("one step", level == 1, "#D55E00"), ("several steps", level > 1, "#0072B2")):
-        picks = np.random.default_rng(0).integers(0, here.sum(), (2000, here.sum()))
-        low, high = np.nanpercentile([np.corrcoef(x[here][p], y[here][p])[0, 1] for p in picks], [2.5, 97.5])
-        ranks = [np.argsort(np.argsort(v[here])) for v in (x, y)]
-        print(f"{name:<14} {here.sum():3d} questions: correlation of the improvement with p(1 - p) {np.corrcoef(x[here], y[here])[0, 1]:.2f} "
-              f"(95% bootstrap {low:.2f} to {high:.2f}), of their ranks {np.corrcoef(*ranks)[0, 1]:.2f}")
-        if color:
-            slope = (x[here] @ y[here]) / (x[here] @ x[here])
-            ax.scatter(x[here], y[here], s=14, color=color, label=name)
-            ax.plot([0, x[here].max()], [0, slope * x[here].max()], color=color, linewidth=1)
-    print(f"({rollouts} + {rollouts} responses to each, step {lr})")
-    ax.set(xlabel="learnability p(1 - p) before the step", ylabel="improvement in p", title="one small step on one question")
-    ax.legend(frameon=False)
-    ax.spines[["top", "right"]].set_visible(False)
-    figure.tight_layout()
     figure.savefig(out, dpi=140)
     print(f"wrote {out}")
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], epilog=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("tune", "curricula", "credit", "cost", "theory"))
-    parser.add_argument("--algos", nargs="+", default=["ppo", "grpo"])
-    parser.add_argument("--arms", nargs="+", default=list(CURRICULA), help="of the curricula")
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--lrs", nargs="+", default=["1e-4", "2e-4", "4e-4"], help="tune: learning rates of the policy")
-    parser.add_argument("--model", help="theory, cost: a run or model (default: the tiny base)")
-    parser.add_argument("--runs", default="runs/experiments", help="where the runs are kept")
-    parser.add_argument("--out", default="runs/experiments", help="where the figures go")
-    parser.add_argument("--workers", type=int, default=2, help="runs at a time, one thread each")
-    end = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)  # what follows is for all runs of sfl.py
-    args, flags = parser.parse_args(sys.argv[1:end]), sys.argv[end + 1 :]
+# --------------------------------------------------------------------------- cost
+
+COSTS = {
+    "ppo": "--algo ppo",
+    "vineppo": "--algo vineppo",
+    "vineppo --mc_spend bisect": "--algo vineppo --mc_spend bisect",
+}
+
+
+def cost(args, repeats=3):
+    """Seconds and tokens of an iteration from one checkpoint, on one thread, in turns."""
+    import eval as evaluation
+
+    model = checkpoint(args)
+    common = f"--curriculum uniform --iterations 6 --eval_limit 32 --lr 0 --model {model}".split()
+    seconds, rows = {name: [] for name in COSTS}, {}
+    for repeat in range(repeats):
+        for name, flags in COSTS.items():
+            folder = Path(args.runs, f"cost-{name.replace(' --', '-')}-{repeat}")
+            execute({folder: [*common, *flags.split(), *args.flags, "--seed", str(repeat)]}, 1)
+            rows[name] = evaluation.read_run(folder)[1:]  # the first iteration warms up
+            took = [sum(row[key] for key in evaluation.SECONDS) for row in rows[name]]
+            seconds[name].append(np.mean(took))
+    columns = ["an iteration of", "time, ppo = 1: min / median / max", "tokens generated"]
+    columns += ["of them for credit"]
+    print(f"| {' | '.join(columns)} |")
+    print("|" + "---|" * len(columns))
+    for name in COSTS:
+        ratios = np.array(seconds[name]) / seconds["ppo"]
+
+        def mean(key, name=name):
+            return np.mean([row.get(key, 0) for row in rows[name]])
+
+        tokens = [mean("tokens_generated") + mean("tokens_credit"), mean("tokens_credit")]
+        time = f"{ratios.min():.2f} / {np.median(ratios):.2f} / {ratios.max():.2f}"
+        print(f"| {name} | {time} | {' | '.join(f'{count:,.0f}' for count in tokens)} |")
+
+
+def checkpoint(args):
+    """The folder of the model that --model names; without it, the tiny base."""
     import sft
-    base = str(sft.tiny_base("runs/cache"))
-    runs, out = Path(args.runs), Path(args.out)
-    if args.what == "theory":
-        theory(args.model or base, out / "theory.png")
-        return
-    if args.what == "cost":
-        cost(args.model or base, runs)
-        return
-    groups = {}  # title -> {arm: flags}
-    for algo in args.algos:
-        if args.what == "tune":
-            groups[f"{algo}-lr"] = {f"lr {lr}": ["--algo", algo, "--curriculum", "uniform", "--lr", lr] for lr in args.lrs}
-        elif args.what == "curricula":
-            groups[algo] = {name: ["--algo", algo, *CURRICULA[name]] for name in args.arms}
-    if args.what == "credit":
-        groups["credit"] = {algo: ["--algo", algo, "--curriculum", "uniform"] for algo in ("ppo", "vineppo", "grpo")}
-    places = {}
-    for group, arms in groups.items():
-        for arm in arms:  # credit's runs are the curricula's uniform ones
-            name = f"{arm}-uniform" if group == "credit" else f"{group}-{arm.replace(', ', '-').replace(' ', '-')}"
-            places[group, arm] = [runs / f"{name}-seed{seed}" for seed in range(args.seeds)]
-    execute({folder: [*groups[group][arm], *flags, "--seed", str(seed)] for seed in range(args.seeds)
-             for (group, arm), folders in places.items() for folder in [folders[seed]]}, args.workers)
-    for group, arms in groups.items():
-        compare(group, {arm: places[group, arm] for arm in arms}, out / f"{group}.png")
+
+    if args.model is None:
+        return sft.tiny_base("runs/cache")
+    model = Path(args.model, "model")
+    return model if model.exists() else Path(args.model)
+
+
+# --------------------------------------------------------------------------- spend
+
+
+def spend(args, questions=14, k=9, truth=256):
+    """Advantages of --mc_spend all and bisect against all states at K = 256: rollouts, mean
+    absolute error, bias (its mean over the steps that the true ones call good, and bad)."""
+    import data
+    import eval as evaluation
+    import vineppo
+    from rollout import generate
+
+    model, tokenizer = data.load_model(checkpoint(args))
+    levels = dict.fromkeys(data.STEPS_WANTED, 1.0)
+    asked = data.arithmetic(questions, 5, levels)
+    prompts, stops = data.encode_prompts(tokenizer, asked), data.stop_ids(model, tokenizer)
+    groups = generate(model, prompts, n=8, max_new_tokens=96, stop_ids=stops, seed=0)
+    rewards = evaluation.rewards(tokenizer, asked, groups)
+    settings = {"max_new_tokens": 96, "stop_ids": stops}
+
+    def advantages(seed, **how):
+        stats = {}
+        _, values = vineppo.mc_values(
+            model, tokenizer, asked, groups, rewards, seed=seed, stats=stats, **how, **settings
+        )
+        pairs = zip(values, rewards.flatten())
+        steps = [vineppo.step_advantages(value, float(reward)) for value, reward in pairs]
+        return np.concatenate(steps), stats
+
+    true, _ = advantages(1, mc_rollouts=truth)
+    base = None
+    for how in ("all", "bisect"):
+        estimates = [advantages(seed, mc_rollouts=k, spend=how) for seed in range(2, 6)]
+        error = np.array([estimate - true for estimate, _ in estimates])
+        spent = np.mean([stats["mc_rollouts"] for _, stats in estimates])
+        base = base or spent
+        good, bad = error[:, true > 0.1].mean(), error[:, true < -0.1].mean()
+        print(
+            f"{how:<8} rollouts {spent / base:.2f}   mean |error| {np.abs(error).mean():.3f}   "
+            f"sd {error.std():.3f}   bias of good steps {good:+.3f}, of bad ones {bad:+.3f}"
+        )
+
+
+# --------------------------------------------------------------------------- theory
+
+
+def theory(args):
+    """LILO's theorem on real steps: what one small step on one question alone gains, against the
+    question's learnability."""
+    from matplotlib.figure import Figure
+
+    learnability, gain, level = improvements(checkpoint(args))
+    figure = Figure(figsize=(4.8, 3.6))
+    ax = figure.subplots()
+    several = level > 1
+    for name, here, color in (
+        ("all", level > 0, None),
+        ("one step", ~several, "#D55E00"),
+        ("several steps", several, "#0072B2"),
+    ):
+        x, y = learnability[here], gain[here]
+        picks = np.random.default_rng(0).integers(0, len(x), (2000, len(x)))
+        bootstrap = [np.corrcoef(x[pick], y[pick])[0, 1] for pick in picks]
+        low, high = np.nanpercentile(bootstrap, [2.5, 97.5])
+        ranks = [np.argsort(np.argsort(values)) for values in (x, y)]
+        print(
+            f"{name:<14} {len(x):3d} questions: correlation of the improvement with p(1 - p) "
+            f"{np.corrcoef(x, y)[0, 1]:.2f} (95% bootstrap {low:.2f} to {high:.2f}), of their "
+            f"ranks {np.corrcoef(*ranks)[0, 1]:.2f}"
+        )
+        if color:
+            ax.scatter(x, y, s=14, color=color, label=name)
+            end = x.max()
+            ax.plot([0, end], [0, end * (x @ y) / (x @ x)], color=color, linewidth=1)
+    ax.set(xlabel="learnability p(1 - p) before the step", ylabel="improvement in p")
+    ax.set_title("one small step on one question")
+    ax.legend(frameon=False)
+    ax.spines[["top", "right"]].set_visible(False)
+    save(figure, Path(args.out, "theory.png"))
+
+
+def improvements(model, questions=72, rollouts=384, lr=0.0003, seed=0):
+    """From one checkpoint, for each question alone: the policy gradient of its success from
+    `rollouts` responses, one small step of plain gradient ascent, and the change of its success,
+    measured on as many other responses drawn before the step: E[(ratio - 1)(R - p)], where ratio is
+    the new over the old probability of the response. (Its expectation is the exact change, and it
+    has far less variance than counting successes again.)
+
+    Returns arrays: learnability before the step, improvement, level."""
+    import torch
+    from tqdm import tqdm
+
+    import data
+    import eval as evaluation
+    import ppo
+    import sfl
+    from rollout import generate
+
+    policy, tokenizer = data.load_model(model)
+    pool = data.load_questions("arithmetic", "train", limit=600, seed=seed)
+    prompts, stops = data.encode_prompts(tokenizer, pool), data.stop_ids(policy, tokenizer)
+    settings = ppo.Settings(tokens_per_microbatch=4096)
+
+    def attempt(indices, n, seed):
+        chosen = [prompts[i] for i in indices]
+        groups = generate(policy, chosen, n=n, max_new_tokens=96, stop_ids=stops, seed=seed)
+        return groups, evaluation.rewards(tokenizer, [pool[i] for i in indices], groups)
+
+    def log_probability(group):  # of each response: the sum over its tokens
+        return torch.stack([x.sum() for x in ppo.rollout_logprobs(policy, group, settings)])
+
+    _, rewards = attempt(range(len(pool)), 16, seed)
+    score = sfl.learnability(rewards.sum(1), 16)
+    rng, chosen = np.random.default_rng(seed), []
+    scores = np.unique(score)
+    for value in scores:  # evenly over learnability: most questions have none
+        alike = rng.permutation(np.flatnonzero(score == value))
+        chosen.extend(alike[: questions // len(scores)])
+    start = [weight.detach().clone() for weight in policy.parameters()]
+    learnability, gain = [], []
+    for number, i in enumerate(tqdm(chosen, desc="theory", unit="question")):
+        (group,), (reward,) = attempt([i], rollouts, seed + 1 + 2 * number)
+        (others,), (others_reward,) = attempt([i], rollouts, seed + 2 + 2 * number)
+        p = np.concatenate([reward, others_reward]).mean()
+        policy.zero_grad()
+        advantages = ppo.per_token(group, reward - reward.mean())
+        for batch in ppo.microbatches(group, settings.tokens_per_microbatch):
+            logprobs = ppo.response_logprobs(policy, [group[j] for j in batch], settings)
+            advantage = torch.cat([advantages[j] for j in batch])
+            (-(advantage * logprobs).sum() / rollouts).backward()
+        old = log_probability(others)
+        with torch.no_grad():
+            for weight in policy.parameters():
+                weight -= lr * weight.grad
+        ratio = (log_probability(others) - old).exp()
+        surplus = torch.tensor(others_reward - others_reward.mean())
+        gain.append(float(((ratio - 1) * surplus).mean()))
+        learnability.append(p * (1 - p))
+        with torch.no_grad():
+            for weight, before in zip(policy.parameters(), start):
+                weight.copy_(before)
+    print(f"{rollouts} + {rollouts} responses to each of {len(chosen)} questions, step {lr}")
+    return np.array(learnability), np.array(gain), np.array([pool[i].level for i in chosen])
+
+
+# --------------------------------------------------------------------------- values
+
+# Flags whose default is what the run used, for the values depend on them; here, without a run.
+OF_THE_RUN = {
+    "dataset": "arithmetic",
+    "data_dir": None,
+    "chat": "auto",
+    "steps": None,
+    "temperature": 1.0,
+    "top_p": 1.0,
+    "max_new_tokens": 256,
+}
+
+
+def values(args):
+    """Monte Carlo values and the critic's against true ones, in states of a run's policy."""
+    import data
+
+    check_values(args)
+    run = Path(args.model)
+    config = {}
+    if (run / "model" / "config.json").is_file():
+        config = json.loads((run / "config.json").read_text())
+    for name, default in OF_THE_RUN.items():
+        other_data = name == "data_dir" and args.dataset != config.get("dataset")
+        if getattr(args, name) is None and not other_data:
+            setattr(args, name, default if config.get(name) is None else config[name])
+    questions = data.load_questions(args.dataset, args.split, data_dir=args.data_dir)
+    shuffled = np.random.default_rng(args.seed).permutation(len(questions))
+    questions = [questions[i] for i in shuffled[: 4 * args.states]]
+    model, tokenizer = data.load_model(args.model, device=args.device)
+    critic = load_critic(run, model) if config else None
+    prompts = data.encode_prompts(tokenizer, questions, chat=args.chat)
+    names = ("attempts", "states", "alternatives", "truth", "mc_rollouts", "max_new_tokens")
+    names += ("temperature", "top_p", "engine", "seed")
+    settings = {name: getattr(args, name) for name in names}
+    settings["style"] = args.steps or ("math" if questions[0].kind == "math" else "lines")
+    settings["stop_ids"] = data.stop_ids(model, tokenizer)
+    true, table = compare_values(
+        model, tokenizer, questions, prompts, critic=critic, progress=True, **settings
+    )
+    print(
+        f"{len(true)} states of {args.model} on {args.dataset}; true value ({args.truth} rollouts "
+        f"each): mean {true.mean():.3f}, std {true.std():.3f}"
+    )
+    print(
+        f"{'estimator':<12}{'correlation':>12}{'mean abs error':>16}{'right rankings':>16}"
+        f"{'of pairs':>10}"
+    )
+    for name, row in table.items():
+        print(
+            f"{name:<12}{row['correlation']:>12.3f}{row['error']:>16.3f}{row['right']:>16.3f}"
+            f"{row['pairs']:>10}"
+        )
+    if critic is None:
+        print(f"no critic in {run / 'state' / 'training.pt'}: a run with --algo ppo leaves one")
+    draw_values(true, table, args.out)
+
+
+def check_values(args):
+    counts = {name: getattr(args, name) for name in ("states", "attempts", "truth")}
+    counts |= {"mc_rollouts": args.mc_rollouts, "alternatives": args.alternatives}
+    for name, count in counts.items():
+        if count < 1:
+            raise ValueError(f"--{name} {count} must be at least 1")
+    out = Path(args.out)
+    if out.suffix != ".png" or not out.absolute().parent.is_dir():
+        raise ValueError(f"--out {out} must end in .png and lie in a folder that exists")
+    if find_spec("matplotlib") is None:
+        raise ValueError("the scatter plot needs matplotlib: pip install matplotlib")
+
+
+def load_critic(run, model):
+    """The critic of a run's last checkpoint, or None."""
+    import torch
+
+    import ppo
+
+    path = run / "state" / "training.pt"
+    if not path.is_file():
+        return None
+    weights = torch.load(path, map_location=model.device, weights_only=True)["critic"]
+    if weights is None:
+        return None
+    critic = ppo.ValueModel(model)
+    critic.load_state_dict(weights)
+    return critic
+
+
+def sample_states(
+    model, tokenizer, questions, prompts, *, attempts, states, alternatives, style,
+    max_new_tokens, seed, **generation,
+):  # fmt: skip
+    """Distinct intermediate states of the policy's responses, `attempts` a question, to questions
+    that some of these solve and some do not: elsewhere most values are 0 or 1, and nothing is to be
+    told. And for each the distinct states to which `alternatives` fresh next steps lead, if they do
+    not end the response.
+
+    Returns points (question, rollout, start), the former first, and families: for each of the
+    former, the range of its alternatives among the points."""
+    import eval as evaluation
+    import rollout
+    import vineppo
+
+    def starts(r):
+        return vineppo.step_starts(tokenizer, r.written(), style=style)
+
+    responses = rollout.generate(
+        model, prompts, n=attempts, max_new_tokens=max_new_tokens, seed=seed, **generation
+    )
+    mixed = evaluation.rewards(tokenizer, questions, responses).std(1) > 0
+    found = {}  # token prefix -> point
+    for question, group, some_right in zip(questions, responses, mixed):
+        for r in group if some_right or attempts == 1 else []:
+            for start in starts(r)[1:]:
+                key = tuple(r.prompt), tuple(r.response[:start])
+                found[key] = (question, r, start)
+    if not found:
+        raise ValueError(
+            f"{attempts} responses to each of {len(questions)} questions: no second step where "
+            "some are right and some wrong; try --attempts 1 (all questions), another --steps or "
+            "--temperature"
+        )
+    found = list(found.values())
+    chosen = np.random.default_rng(seed).permutation(len(found))[:states]
+    points = [found[i] for i in chosen]
+
+    prefixes = [r.prompt + r.response[:start] for _, r, start in points]
+    left = [max_new_tokens - start for _, _, start in points]
+    groups = rollout.generate(
+        model, prefixes, n=alternatives, max_new_tokens=left, seed=seed + 1, **generation
+    )
+    families = []
+    for (question, r, start), group in zip(tuple(points), groups):
+        nexts = {}
+        for g in group:
+            whole = rollout.Rollout(r.prompt, r.response[:start] + g.response, [], g.finished)
+            later = [s for s in starts(whole) if s > start]
+            if later:
+                nexts[tuple(whole.response[: later[0]])] = question, whole, later[0]
+        families.append(range(len(points), len(points) + len(nexts)))
+        points += nexts.values()
+    return points, families
+
+
+def right_rankings(truth, error, estimate, families):
+    """Share of the pairs of alternatives that `estimate` ranks as `truth` does, a tie being half
+    right, and how many pairs: those whose truths differ by more than 2 standard errors, `error`.
+    The order of the others is not known."""
+    right = []
+    for family in families:
+        for i, j in itertools.combinations(family, 2):
+            if abs(truth[i] - truth[j]) > 2 * np.hypot(error[i], error[j]):
+                agree = np.sign((truth[i] - truth[j]) * (estimate[i] - estimate[j]))
+                right.append(0.5 + 0.5 * agree)
+    return float(np.mean(right)) if right else float("nan"), len(right)
+
+
+def compare_values(
+    model, tokenizer, questions, prompts, *, critic=None, attempts=8, states=64, alternatives=5,
+    truth=256, mc_rollouts=9, style="lines", max_new_tokens=256, seed=0, **generation,
+):  # fmt: skip
+    """Values by `truth` rollouts against those by K others, and the critic's. Returns the true
+    values (states,), and a dict: estimator -> its values (states,), correlation, mean absolute
+    error, share of right rankings, pairs."""
+    import ppo
+    import vineppo
+
+    generation |= {"max_new_tokens": max_new_tokens, "seed": seed}
+    points, families = sample_states(
+        model, tokenizer, questions, prompts, attempts=attempts, states=states,
+        alternatives=alternatives, style=style, **generation,
+    )  # fmt: skip
+    rewards = vineppo.state_rewards(model, tokenizer, points, n=truth + mc_rollouts, **generation)
+    rewards = np.array(rewards)  # (points, truth + K): no rollout is in both
+    true, fresh = rewards[:, :truth].mean(1), rewards[:, truth:]
+    standard_error = rewards[:, :truth].std(1) / truth**0.5
+    few = sorted({k for k in (1, 3, mc_rollouts) if k <= mc_rollouts})
+    estimates = {f"MC, K={k}": fresh[:, :k].mean(1) for k in few}
+    if critic is not None:
+        rollouts = [r for _, r, _ in points]
+        # one value a token: of the state in which it was chosen
+        token_values = ppo.rollout_values(critic, rollouts, ppo.Settings())
+        of_points = [float(v[start]) for v, (_, _, start) in zip(token_values, points)]
+        estimates["critic"] = np.array(of_points)
+    table, count = {}, len(families)
+    for name, estimate in estimates.items():
+        x, y = true[:count], estimate[:count]
+        right, pairs = right_rankings(true, standard_error, estimate, families)
+        varied = np.ptp(x) > 0 and np.ptp(y) > 0
+        table[name] = {
+            "values": y,
+            "correlation": np.corrcoef(x, y)[0, 1] if varied else float("nan"),
+            "error": np.abs(x - y).mean(),
+            "right": right,
+            "pairs": pairs,
+        }
+    return true[:count], table
+
+
+def draw_values(true, table, out):
+    from matplotlib.figure import Figure
+
+    shown = list(table)[-2:] if "critic" in table else list(table)[-1:]
+    figure = Figure(figsize=(4.5 * len(shown), 4.5))
+    axes = figure.subplots(1, len(shown), sharey=True, squeeze=False)[0]
+    for ax, name in zip(axes, shown):
+        ax.plot([0, 1], [0, 1], color="gray", linewidth=1)
+        ax.scatter(true, table[name]["values"], s=18, alpha=0.6)
+        ax.set(title=f"{name}: correlation {table[name]['correlation']:.2f}")
+        ax.set_xlabel("true value of the state")
+    axes[0].set_ylabel("estimate")
+    save(figure, out)
+
+
+# --------------------------------------------------------------------------- the command line
+
+
+def add_flags(command, add):
+    """The flags of one command."""
+    if command == "values":
+        return add_values_flags(add)
+    add("--runs", default="runs/experiments", help="where the runs are kept")
+    add("--out", default="runs/experiments", help="where the figures go")
+    if command in ("cost", "theory", "spend"):
+        return add("--model", help="a run's or a model's folder (default: the tiny base)")
+    add("--seeds", type=int, default=3)
+    add("--workers", type=int, default=2, help="runs at a time, one thread each")
+    if command in ("tune", "curricula"):
+        add("--algos", nargs="+", default=["grpo"])
+        add("--arms", nargs="+", default=list(CURRICULA), choices=list(CURRICULA), metavar="ARM")
+    if command == "tune":
+        add("--lrs", nargs="+", default=["1e-4", "2e-4", "4e-4"], help="of the policy")
+    if command == "credit":
+        add("--arm", default="uniform", choices=list(CURRICULA), metavar="ARM")
+
+
+def add_values_flags(add):
+    add("--model", required=True, help="a run's folder (with its critic, if any), or a model's")
+    add("--states", type=int, default=64, help="intermediate states to compare at (64)")
+    add("--attempts", type=int, default=8, help="responses a question; states come from those that "
+        "are right at times, not always; 1: from all (8)")  # fmt: skip
+    add("--truth", type=int, default=256, help="rollouts that make a state's true value (256)")
+    add("--mc_rollouts", type=int, default=9, help="rollouts that make an estimate (9)")
+    add("--alternatives", type=int, default=5, help="next steps from each state, to be ranked (5)")
+    add("--split", default="test", help="of the questions the states come from (test)")
+    add("--engine", default="slots", help="slots, or hf: generate through model.generate")
+    add("--device", default="auto", help="auto, cpu, cuda or mps")
+    add("--seed", type=int, default=0)
+    add("--out", default="values.png", help="the scatter plot (values.png)")
+    run = "by default what the run used"
+    add("--dataset", help=f"names or a path; {run}")
+    add("--data_dir", "--data-dir", help=f"a folder with the named data set's files; {run}")
+    add("--chat", help=f"prompt through the chat template: auto, on, off; {run}")
+    add("--steps", choices=["lines", "math"], help=f"how responses are cut; {run}")
+    add("--temperature", type=float, help=f"of all sampling; {run}")
+    add("--top_p", type=float, help=f"of all sampling; {run}")
+    add("--max_new_tokens", type=int, help=f"longest response, in tokens; {run}")
+
+
+def parse(argv=None):
+    argv = sys.argv[1:] if argv is None else argv
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for command in (tune, curricula, map_of_shares, credit, cost, spend, theory, values):
+        name = command.__name__.partition("_")[0]
+        subparser = commands.add_parser(name, description=command.__doc__)
+        add_flags(name, subparser.add_argument)
+        subparser.set_defaults(run=command)
+    end = argv.index("--") if "--" in argv else len(argv)
+    args = parser.parse_args(argv[:end])
+    args.flags = argv[end + 1 :]  # for all runs of sfl.py
+    return args
+
+
+def main(argv=None):
+    args = parse(argv)
+    args.run(args)
 
 
 if __name__ == "__main__":
-    main()
+    arguments = parse()  # first: --help need not wait for the imports
+    import data
+
+    data.command_line(lambda: arguments.run(arguments))

@@ -1,56 +1,66 @@
 """ppo.py against plain PyTorch, double loops and hand computation, on tiny random models."""
+
 import copy
 import math
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from conftest import SHAPE, small_llama
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import (AutoModelForCausalLM, CohereConfig, Gemma2Config, GPT2Config, GPTJConfig, GraniteConfig,
-                          LlamaConfig, MistralConfig, Qwen2Config)
+from transformers import (
+    AutoModelForCausalLM,
+    CohereConfig,
+    Gemma2Config,
+    GPT2Config,
+    GPTJConfig,
+    GraniteConfig,
+    LlamaConfig,
+    MistralConfig,
+    Qwen2Config,
+)
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import ppo
 
 VOCAB = 61
-SHAPE = dict(vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-             num_key_value_heads=2, bos_token_id=1, eos_token_id=2, pad_token_id=0)
-GPT = dict(vocab_size=VOCAB, n_embd=32, n_layer=2, n_head=4, n_positions=64, bos_token_id=1, eos_token_id=2)
+SMALL = {"vocab_size": VOCAB, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, **SHAPE}
+GPT = {"vocab_size": VOCAB, "bos_token_id": 1, "eos_token_id": 2}
+GPT |= {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
+GEMMA = {"head_dim": 8, "sliding_window": 4, "final_logit_softcapping": 0.5}
 CONFIGS = {
-    "llama": LlamaConfig(**SHAPE), "qwen2 tied": Qwen2Config(**SHAPE, tie_word_embeddings=True),
-    "gpt2": GPT2Config(**GPT), "gpt-j bias": GPTJConfig(**GPT, rotary_dim=4),
-    "mistral window": MistralConfig(**SHAPE, sliding_window=4),
-    "gemma2 soft cap": Gemma2Config(**SHAPE, head_dim=8, sliding_window=4, final_logit_softcapping=0.5)}
+    "llama": LlamaConfig(**SMALL),
+    "qwen2 tied": Qwen2Config(**SMALL, tie_word_embeddings=True),
+    "gpt2": GPT2Config(**GPT),
+    "gpt-j bias": GPTJConfig(**GPT, rotary_dim=4),
+    "mistral window": MistralConfig(**SMALL, sliding_window=4),
+    "gemma2 soft cap": Gemma2Config(**SMALL, **GEMMA),
+}
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():  # on models this small a second one costs more than it brings
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-def build(name="llama", seed=0, dtype=torch.float32):
-    torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(CONFIGS[name], dtype=dtype).eval()
+def build(name="llama", dtype=torch.float32):
+    torch.manual_seed(0)
+    config = copy.deepcopy(CONFIGS[name])
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+    head = model.get_output_embeddings()
     with torch.no_grad():  # fresh weights give nearly uniform predictions: spread them out
-        model.get_output_embeddings().weight.mul_(10 if name != "gemma2 soft cap" else 3)
-        if model.get_output_embeddings().bias is not None:
-            model.get_output_embeddings().bias.normal_()
+        head.weight.mul_(3 if name == "gemma2 soft cap" else 10)
+        if head.bias is not None:
+            head.bias.normal_()
     return model
 
 
 def some_rollouts(count=10, seed=0):
     rng = np.random.default_rng(seed)
-    draw = lambda low, high: rng.integers(3, VOCAB, rng.integers(low, high)).tolist()
-    return [SimpleNamespace(prompt=draw(1, 7), response=draw(1, 15)) for _ in range(count)]
+
+    def draw(longest):
+        return rng.integers(3, VOCAB, rng.integers(1, longest + 1)).tolist()
+
+    return [SimpleNamespace(prompt=draw(6), response=draw(14)) for _ in range(count)]
 
 
 def noise(rollouts, seed=0, scale=1.0):
+    """A random number for each response token."""
     rng = torch.Generator().manual_seed(seed)
     return [scale * torch.randn(len(r.response), generator=rng) for r in rollouts]
 
@@ -62,77 +72,131 @@ def naive(model, tokens, temperature=1.0):
 
 def one_by_one(model, rollouts, temperature=1.0):
     """Response log-probs, no batching, no padding."""
-    return [naive(model, torch.tensor([r.prompt + r.response]), temperature)[0, len(r.prompt) - 1:] for r in rollouts]
+    logprobs = []
+    for r in rollouts:
+        tokens = torch.tensor([r.prompt + r.response])
+        logprobs.append(naive(model, tokens, temperature)[0, len(r.prompt) - 1 :])
+    return logprobs
 
 
-def sgd(model):
-    return torch.optim.SGD(model.parameters(), lr=1.0)
+def values_one_by_one(critic, rollouts):
+    values = []
+    for r in rollouts:
+        tokens = torch.tensor([r.prompt + r.response])
+        values.append(critic(tokens)[0, len(r.prompt) - 1 : -1])
+    return values
 
 
-def moved(model, rollouts, advantages, **kwargs):
-    """The gradient that `update` steps along: how far SGD with lr 1 moves each weight, one flat vector."""
-    policy = copy.deepcopy(model)
-    kwargs = {"minibatch": 1000, "max_grad_norm": None} | kwargs
-    metrics = ppo.update(policy, sgd(policy), rollouts, advantages, **kwargs)
-    return torch.cat([(a - b).flatten() for a, b in zip(model.parameters(), policy.parameters())]).detach(), metrics
+def objective(new, old, ref, advantages, kl_coef=0.0):
+    """The policy's loss for one minibatch, written down anew. All: lists, a tensor a rollout. The
+    one place in this file that says how tokens are averaged: the surrogate over all of them, k3
+    summed over a response and averaged over responses."""
+    responses = len(new)
+    new, old, ref, advantages = (torch.cat(list(x)) for x in (new, old, ref, advantages))
+    ratio = (new - old).exp()
+    surrogate = torch.maximum(-advantages * ratio, -advantages * ratio.clamp(0.8, 1.2))
+    k3 = (ref - new).exp() - (ref - new) - 1
+    return surrogate.mean() + kl_coef * k3.sum() / responses
 
 
 def flat_gradient(loss, model):
-    return torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()))])
+    gradients = torch.autograd.grad(loss, list(model.parameters()))
+    return torch.cat([gradient.flatten() for gradient in gradients])
+
+
+def difference(before, after):
+    """How far each weight has moved, one flat vector: with SGD of lr 1 the gradient."""
+    pairs = zip(before.parameters(), after.parameters())
+    return torch.cat([(a - b).flatten() for a, b in pairs]).detach()
+
+
+def sgd(*models):
+    return torch.optim.SGD([p for model in models for p in model.parameters()], lr=1.0)
+
+
+def adamw(*models, lr=1e-3):
+    return torch.optim.AdamW([p for model in models for p in model.parameters()], lr=lr)
+
+
+def one_step(**changes):
+    """Settings for a single minibatch whose gradient arrives as it is."""
+    return ppo.Settings(**{"minibatch": 1000, "max_grad_norm": None} | changes)
+
+
+def moved(model, rollouts, advantages, settings=None, **lists):
+    """The gradient that `update` steps along, and its metrics; the model stays as it is."""
+    policy = copy.deepcopy(model)
+    settings = settings or one_step()
+    metrics = ppo.update(policy, sgd(policy), rollouts, advantages, settings, **lists)
+    return difference(model, policy), metrics
+
+
+def close(ours, theirs, rtol=1e-3, atol=1e-5):
+    torch.testing.assert_close(ours, theirs, rtol=rtol, atol=atol)
 
 
 # --------------------------------------------------------------------------- log-probs
 
 
+@pytest.mark.parametrize("temperature, chunk", [(1.0, None), (0.6, 7)])
 @pytest.mark.parametrize("name", CONFIGS)
-def test_token_logprobs_and_gradient_equal_the_naive_ones(name):
+def test_token_logprobs_and_gradient_equal_the_naive_ones(name, temperature, chunk):
     model, tokens = build(name), torch.randint(VOCAB, (3, 17))
-    for temperature, chunk in ((1.0, None), (0.6, 7)):
-        ours = ppo.token_logprobs(model, tokens, temperature=temperature, chunk=chunk)
-        theirs = naive(model, tokens, temperature)
-        assert ours.shape == (3, 16) and ours.dtype == torch.float32
-        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
-        weights = torch.randn(3, 16)
-        gradients = [flat_gradient((weights * logprobs).sum(), model) for logprobs in (ours, theirs)]
-        torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-4)
+    ours = ppo.token_logprobs(model, tokens, temperature=temperature, chunk=chunk)
+    theirs = naive(model, tokens, temperature)
+    assert ours.shape == (3, 16) and ours.dtype == torch.float32
+    close(ours, theirs, 1e-5, 1e-5)
+    weights = torch.randn(3, 16)
+    gradients = [flat_gradient((weights * x).sum(), model) for x in (ours, theirs)]
+    close(*gradients, 1e-4, 1e-4)
 
 
 @pytest.mark.parametrize("softcap", [None, 2.0])
 def test_head_gradcheck(softcap):
     torch.manual_seed(0)
-    shapes = (5, 4), (7, 4), (7,)
-    hidden, weight, bias = (torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in shapes)
-    run = lambda h, w, b: ppo.HeadLogprobs.apply(h, w, b, torch.tensor([0, 6, 3, 3, 1]), 0.7, softcap, 2, torch.float64)
+    double = {"dtype": torch.float64, "requires_grad": True}
+    hidden, weight, bias = (torch.randn(*shape, **double) for shape in ((5, 4), (7, 4), (7,)))
+    targets = torch.tensor([0, 6, 3, 3, 1])
+
+    def run(h, w, b=None):
+        return ppo.HeadLogprobs.apply(h, w, b, targets, 0.7, softcap, 2, torch.float64)
+
     assert torch.autograd.gradcheck(run, (hidden, weight, bias))
-    assert torch.autograd.gradcheck(lambda h, w: run(h, w, None), (hidden, weight))
-    assert torch.autograd.gradcheck(lambda h: run(h, weight.detach(), None), (hidden,))  # a frozen head
+    assert torch.autograd.gradcheck(run, (hidden, weight))
+    assert torch.autograd.gradcheck(run, (hidden, weight.detach()))  # a frozen head
 
 
 def test_mask_and_right_padding_do_not_matter():
     model, rollouts = build("gpt2"), some_rollouts()
-    tokens, mask = ppo.pad(rollouts, "cpu")
+    tokens, mask = ppo.pad(rollouts, model)
     assert mask.sum() == sum(len(r.response) for r in rollouts)
     logprobs = ppo.token_logprobs(model, tokens, mask=mask)
     assert (logprobs[~mask] == 0).all()
-    torch.testing.assert_close(logprobs[mask], torch.cat(one_by_one(model, rollouts)), rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(logprobs[mask], ppo.token_logprobs(model, tokens)[mask])
+    close(logprobs[mask], torch.cat(one_by_one(model, rollouts)), 1e-5, 1e-5)
+    close(logprobs[mask], ppo.token_logprobs(model, tokens)[mask], 1e-5, 1e-6)
     nothing = ppo.token_logprobs(model, tokens, mask=torch.zeros_like(mask))
     assert (nothing == 0).all()
 
 
-def test_frozen_model_used_twice_and_retained_graph():
+def test_a_model_used_twice_and_a_retained_graph():
     model, tokens = build("qwen2 tied"), torch.randint(VOCAB, (2, 9))
-    twice = ppo.token_logprobs(model, tokens).sum() + ppo.token_logprobs(model, tokens.flip(0)).sum()
+    here, there = (ppo.token_logprobs(model, x).sum() for x in (tokens, tokens.flip(0)))
     once = flat_gradient(2 * ppo.token_logprobs(model, tokens).sum(), model)
-    torch.testing.assert_close(flat_gradient(twice, model), once, rtol=1e-4, atol=1e-4)
+    close(flat_gradient(here + there, model), once, 1e-4, 1e-4)
     loss = ppo.token_logprobs(model, tokens).sum()
-    first, second = (torch.autograd.grad(loss, model.lm_head.weight, retain_graph=True)[0] for _ in range(2))
+    first, second = (
+        torch.autograd.grad(loss, model.lm_head.weight, retain_graph=True)[0] for _ in range(2)
+    )
     torch.testing.assert_close(first, second)
+
+
+def test_frozen_models():
+    model, tokens = build("qwen2 tied"), torch.randint(VOCAB, (2, 9))
     model.requires_grad_(False)
     assert not ppo.token_logprobs(model, tokens).requires_grad
-    model.model.layers[0].requires_grad_(True)  # a trained backbone under a frozen, tied head
+    layer = model.model.layers[0].requires_grad_(True)  # under a frozen, tied head
     ppo.token_logprobs(model, tokens).sum().backward()
-    assert model.lm_head.weight.grad is None and model.model.layers[0].mlp.up_proj.weight.grad.abs().sum() > 0
+    assert model.lm_head.weight.grad is None and layer.mlp.up_proj.weight.grad.abs().sum() > 0
 
 
 @pytest.mark.parametrize("how", ["autocast", "weights"])
@@ -144,20 +208,21 @@ def test_bfloat16_products_float32_sums(how):
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=how == "autocast"):
         rough = ppo.token_logprobs(model, tokens, chunk=16)
     assert rough.dtype == torch.float32
-    torch.testing.assert_close(rough, exact, rtol=0, atol=0.15)
+    close(rough, exact, 0, 0.15)
     rough_gradient = flat_gradient((weights * rough).sum(), model).float()
     assert torch.cosine_similarity(rough_gradient, gradient, dim=0) > 0.99
     assert float(rough_gradient.norm() / gradient.norm()) == pytest.approx(1, abs=0.03)
 
 
 def test_bfloat16_products_are_added_in_slabs():
-    a, b, total = torch.randn(3, 7).bfloat16(), torch.randn(3, 5).bfloat16(), torch.ones(7, 5)
+    a, b = torch.randn(3, 7).bfloat16(), torch.randn(3, 5).bfloat16()
+    total = torch.ones(7, 5)
     ppo.add_product(total, a, b, slab_numbers=10)  # 2 rows at a time, the last one alone
-    torch.testing.assert_close(total, 1 + a.float().T @ b.float(), rtol=0.02, atol=0.02)
+    close(total, 1 + a.float().T @ b.float(), 0.02, 0.02)
 
 
 class Sizes(TorchDispatchMode):
-    """Records the shape of every tensor that an operation returns."""
+    """Records the shape of every fresh tensor that an operation returns: no view, not in place."""
 
     def __init__(self):
         super().__init__()
@@ -165,49 +230,54 @@ class Sizes(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
-        fresh = not any(argument.alias_info is not None for argument in func._schema.returns)  # no view, not in place
-        self.shapes += [tuple(t.shape) for t in (out if isinstance(out, (tuple, list)) else [out])
-                        if fresh and isinstance(t, torch.Tensor)]
+        if not any(returned.alias_info is not None for returned in func._schema.returns):
+            tensors = out if isinstance(out, (tuple, list)) else [out]
+            self.shapes += [tuple(t.shape) for t in tensors if isinstance(t, torch.Tensor)]
         return out
 
 
 def test_no_tensor_of_vocabulary_size_times_positions():
-    model = AutoModelForCausalLM.from_config(Qwen2Config(**SHAPE | {"vocab_size": 997}, tie_word_embeddings=False))
-    tokens = torch.randint(997, (3, 41))
+    vocab, width = 997, SHAPE["hidden_size"]
+    model = small_llama(vocab)
+    tokens = torch.randint(vocab, (3, 41))
     ppo.check_head(model)
     with Sizes() as sizes:
         ppo.token_logprobs(model, tokens, chunk=8).sum().backward()
-    assert max(math.prod(s) for s in sizes.shapes if s[-1:] == (997,)) == 8 * 997  # 15 chunks of 8 of the 120 positions
-    # as large as the head's weight: its own gradient's buffer, and the input embedding's gradient
-    assert sum(math.prod(s) == 997 * 32 for s in sizes.shapes) == 2
+    logits = [math.prod(shape) for shape in sizes.shapes if shape[-1:] == (vocab,)]
+    assert max(logits) == 8 * vocab  # 15 chunks of 8 of the 120 positions
+    # as large as the head's weight: the buffer of its gradient, the input embedding's gradient
+    assert sum(math.prod(shape) == vocab * width for shape in sizes.shapes) == 2
     with Sizes() as sizes:
         naive(model, tokens).sum().backward()
-    assert max(math.prod(s) for s in sizes.shapes) >= 3 * 40 * 997  # the measure sees what it should
+    assert max(map(math.prod, sizes.shapes)) >= 3 * 40 * vocab  # the measure sees what it should
 
 
-def test_heads_that_are_more_than_a_product_are_refused():
-    tokens = torch.randint(VOCAB, (2, 8))
-    for config in (CohereConfig(**SHAPE, logit_scale=0.8), GraniteConfig(**SHAPE, logits_scaling=1.2)) * 10:
-        model = AutoModelForCausalLM.from_config(config)
-        with pytest.raises(ValueError, match=type(model).__name__):
-            ppo.token_logprobs(model, tokens)
-    hidden_cap = build("gemma2 soft cap")
-    hidden_cap.config.final_logit_softcapping, cap = None, hidden_cap.config.final_logit_softcapping
-    forward = hidden_cap.forward  # a cap that the configuration does not name, far above a fresh model's logits
-    hidden_cap.forward = lambda *a, **k: SimpleNamespace(logits=30 * (forward(*a, **k).logits / 30).tanh())
-    with pytest.raises(ValueError, match="Gemma2ForCausalLM"):
-        ppo.token_logprobs(hidden_cap, tokens)
+@pytest.mark.parametrize(
+    "config", [CohereConfig(**SMALL, logit_scale=0.8), GraniteConfig(**SMALL, logits_scaling=1.2)]
+)
+@pytest.mark.parametrize("seed", range(5))
+def test_scaled_logits_are_refused(config, seed):
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config)
+    with pytest.raises(ValueError, match=type(model).__name__):
+        ppo.token_logprobs(model, torch.randint(VOCAB, (2, 8)))
+
+
+def test_a_head_that_is_no_linear_layer_is_refused():
     model = build()
     model.lm_head = torch.nn.Sequential(model.lm_head)
     with pytest.raises(ValueError, match="LlamaForCausalLM.*Sequential"):
-        ppo.token_logprobs(model, tokens)
+        ppo.token_logprobs(model, torch.randint(VOCAB, (2, 8)))
 
 
-def test_bad_arguments_of_token_logprobs():
-    with pytest.raises(ValueError, match="temperature 0"):
-        ppo.token_logprobs(build(), torch.zeros(1, 4, dtype=torch.long), temperature=0)
-    with pytest.raises(ValueError, match="time of at least 2"):
-        ppo.token_logprobs(build(), torch.zeros(1, 1, dtype=torch.long))
+@pytest.mark.parametrize(
+    "shape, temperature, message",
+    [((1, 4), 0, "temperature 0"), ((1, 1), 1, "time of at least 2"), ((4,), 1, "time")],
+)
+def test_bad_arguments_of_token_logprobs(shape, temperature, message):
+    tokens = torch.zeros(shape, dtype=torch.long)
+    with pytest.raises(ValueError, match=message):
+        ppo.token_logprobs(build(), tokens, temperature=temperature)
 
 
 # --------------------------------------------------------------------------- advantages
@@ -220,17 +290,31 @@ def test_gae_equals_the_double_sum(gamma, lam):
     mask = torch.arange(9) < torch.tensor(lengths)[:, None]
     values[~mask] = float("nan")  # whatever stands in the padding
     advantages, returns = ppo.gae(rewards, values, mask, gamma=gamma, lam=lam)
+    assert (advantages[~mask] == 0).all() and (returns[~mask] == 0).all()
     for row, length in enumerate(lengths):
-        value = [float(v) for v in values[row, :length]] + [0.0]
-        delta = [float(rewards[row, t]) + gamma * value[t + 1] - value[t] for t in range(length)]
+        reward = rewards[row, :length].tolist()
+        value = values[row, :length].tolist() + [0.0]
+        delta = [reward[t] + gamma * value[t + 1] - value[t] for t in range(length)]
         for t in range(length):
             expected = sum((gamma * lam) ** (k - t) * delta[k] for k in range(t, length))
             assert float(advantages[row, t]) == pytest.approx(expected, abs=1e-5)
             assert float(returns[row, t]) == pytest.approx(expected + value[t], abs=1e-5)
-            if lam == 1:  # then the returns are the discounted rewards to come, whatever the critic says
-                to_come = sum(gamma ** (k - t) * float(rewards[row, k]) for k in range(t, length))
+            if lam == 1:  # the discounted rewards to come, whatever the critic says
+                to_come = sum(gamma ** (k - t) * reward[k] for k in range(t, length))
                 assert float(returns[row, t]) == pytest.approx(to_come, abs=1e-5)
-    assert (advantages[~mask] == 0).all() and (returns[~mask] == 0).all()
+
+
+def test_the_docstrings_table():
+    """Two responses, the critic's values, what PPO at either end of lambda makes of them."""
+    values = torch.tensor([[0.5, 0.6, 0.6, 0.6, 0.6, 0.9], [0.5, 0.6, 0.6, 0.6, 0.6, 0.1]])
+    rewards = torch.zeros(2, 6)
+    rewards[0, -1] = 1
+    mask = torch.ones(2, 6, dtype=torch.bool)
+    far, _ = ppo.gae(rewards, values, mask, gamma=1, lam=1)
+    near, _ = ppo.gae(rewards, values, mask, gamma=1, lam=0)
+    close(far, torch.tensor([[0.5, 0.4, 0.4, 0.4, 0.4, 0.1], [-0.5, -0.6, -0.6, -0.6, -0.6, -0.1]]))
+    close(near, torch.tensor([[0.1, 0, 0, 0, 0.3, 0.1], [0.1, 0, 0, 0, -0.5, -0.1]]))
+    assert ppo.group_advantages([[1, 0]], how="rloo").tolist() == [[1, -1]]
 
 
 def test_group_advantages_by_hand():
@@ -239,329 +323,430 @@ def test_group_advantages_by_hand():
     np.testing.assert_allclose(rloo[0], [1, -1 / 3, -1 / 3, -1 / 3], rtol=1e-6)
     np.testing.assert_allclose(rloo[3], [2 / 3, 2 / 3, -2 / 3, -2 / 3], rtol=1e-6)
     grpo = ppo.group_advantages(rewards, how="grpo")
-    np.testing.assert_allclose(grpo[0], [1.5, -0.5, -0.5, -0.5], rtol=1e-5)  # mean 1/4, sample std 1/2
+    # mean 1/4, sample std 1/2
+    np.testing.assert_allclose(grpo[0], [1.5, -0.5, -0.5, -0.5], rtol=1e-5)
     assert (rloo[1:3] == 0).all() and (grpo[1:3] == 0).all() and grpo.dtype == np.float32
-    for bad in ([[1.0], [0.0]], [1.0, 0.0]):
-        with pytest.raises(ValueError, match="at least 2"):
-            ppo.group_advantages(bad, how="grpo")
-    with pytest.raises(ValueError, match="'grpo' or 'rloo'"):
-        ppo.group_advantages(rewards, how="ppo")
+
+
+@pytest.mark.parametrize(
+    "rewards, how, message",
+    [
+        ([[1.0], [0.0]], "grpo", "at least 2"),
+        ([1.0, 0.0], "rloo", "at least 2"),
+        ([[1.0, 0.0]], "ppo", "'grpo' or 'rloo'"),
+    ],
+)
+def test_group_advantages_refuse(rewards, how, message):
+    with pytest.raises(ValueError, match=message):
+        ppo.group_advantages(rewards, how=how)
 
 
 def test_whitening_over_tokens_not_rollouts():
-    advantages = [torch.tensor([1.0]), torch.tensor([4.0, 4.0, 4.0])]  # token mean 3.25, rollout mean 2.5
-    white = ppo.whiten(advantages)
+    # token mean 3.25, rollout mean 2.5
+    white = ppo.whiten([torch.tensor([1.0]), torch.tensor([4.0, 4.0, 4.0])])
     assert [len(w) for w in white] == [1, 3]
     tokens = torch.cat(white)
     assert float(tokens.mean()) == pytest.approx(0, abs=1e-6)
     assert float(tokens.std(correction=0)) == pytest.approx(1, abs=1e-5)
     assert float(white[0][0]) == pytest.approx((1 - 3.25) / math.sqrt(27 / 16), abs=1e-5)
-    assert (torch.cat(ppo.whiten([torch.full((3,), 0.1), torch.full((5,), 0.1)])) == 0).all()
-
-
-def test_k3_is_an_unbiased_estimate_of_the_kl():
-    torch.manual_seed(0)
-    new, ref = (0.5 * torch.randn(2, 50)).log_softmax(-1)  # like enough that none reaches the clamp
-    estimates = ppo.kl_k3(ref, new)
-    assert (estimates >= 0).all() and estimates.max() < 10
-    assert float((new.exp() * estimates).sum()) == pytest.approx(float((new.exp() * (new - ref)).sum()), rel=1e-4)
-    far = torch.tensor([-200.0, 3.0, 0.0], requires_grad=True)
-    k3 = ppo.kl_k3(torch.zeros(3), far)
-    k3.sum().backward()
-    assert k3.tolist()[0] == 10 and (far.grad[0], far.grad[2]) == (0, 0) and far.grad.isfinite().all()
-
-
-# --------------------------------------------------------------------------- the critic and the passes without gradient
-
-
-def test_value_model_copies_saves_and_loads(tmp_path):
-    model = build()
-    model(torch.ones(1, 4, dtype=torch.long)).logits.sum().backward()
-    critic, tokens = ppo.ValueModel(model), torch.randint(VOCAB, (3, 8))
-    assert critic(tokens).shape == (3, 8) and critic(tokens).dtype == torch.float32 and (critic(tokens) == 0).all()
-    assert all(p.grad is None and p.requires_grad for p in critic.parameters())
-    before = model.model.layers[0].mlp.up_proj.weight.clone()
-    with torch.no_grad():
-        [p.add_(0.1 * torch.randn_like(p)) for p in critic.parameters()]
-    assert torch.equal(model.model.layers[0].mlp.up_proj.weight, before)  # the critic's backbone is its own
-    critic.save(tmp_path / "critic.safetensors")
-    again = ppo.ValueModel(model).load(tmp_path / "critic.safetensors")
-    assert torch.equal(again(tokens), critic(tokens))
-    with pytest.raises(ValueError, match="nowhere"):
-        again.load(tmp_path / "nowhere.safetensors")
-    with pytest.raises(ValueError, match="critic"):
-        ppo.ValueModel(build("gpt2")).load(tmp_path / "critic.safetensors")
-
-
-@pytest.mark.parametrize("budget", [1, 30, 10**6])
-def test_rollout_passes_do_not_depend_on_the_batching(budget):
-    model, rollouts = build("mistral window"), some_rollouts()
-    logprobs = ppo.rollout_logprobs(model, rollouts, temperature=0.7, tokens_per_microbatch=budget)
-    for ours, theirs in zip(logprobs, one_by_one(model, rollouts, 0.7), strict=True):
-        torch.testing.assert_close(ours, theirs.detach(), rtol=1e-5, atol=1e-5)
-    critic = ppo.ValueModel(model)
-    torch.nn.init.normal_(critic.head.weight)
-    for r, ours in zip(rollouts, ppo.rollout_values(critic, rollouts, tokens_per_microbatch=budget), strict=True):
-        theirs = critic(torch.tensor([r.prompt + r.response]))[0, len(r.prompt) - 1:-1]
-        torch.testing.assert_close(ours, theirs.detach(), rtol=1e-5, atol=1e-5)
-
-
-def test_microbatches_keep_to_the_budget_and_lose_nothing():
-    rollouts = some_rollouts(40)
-    length = lambda i: len(rollouts[i].prompt) + len(rollouts[i].response)
-    groups = ppo.microbatches(rollouts, 50)
-    assert sorted(i for group in groups for i in group) == list(range(40))
-    assert all(len(group) * max(map(length, group)) <= 50 for group in groups)
-    assert sum(len(group) * max(map(length, group)) for group in groups) < 1.2 * sum(map(length, range(40)))
-    assert all(len(group) == 1 for group in ppo.microbatches(rollouts, 1))  # each longer than the budget: alone
+    alike = ppo.whiten([torch.full((3,), 0.1), torch.full((5,), 0.1)])
+    assert (torch.cat(alike) == 0).all()
 
 
 def test_critic_advantages_put_the_reward_on_the_last_token():
-    model, rollouts = build(), some_rollouts(4)
-    rewards = [1.0, 0.0, 0.5, 1.0]
-    advantages, values, returns = ppo.critic_advantages(ppo.ValueModel(model), rollouts, rewards, gamma=0.9, lam=1.0)
+    rollouts, rewards = some_rollouts(4), [1.0, 0.0, 0.5, 1.0]
+    critic = ppo.ValueModel(build())
+    advantages, values, returns = ppo.critic_advantages(
+        critic, rollouts, rewards, ppo.Settings(gamma=0.9, lam=1.0)
+    )
     for r, reward, a, v, target in zip(rollouts, rewards, advantages, values, returns, strict=True):
         expected = reward * 0.9 ** torch.arange(len(r.response) - 1, -1, -1.0)
         torch.testing.assert_close(a, expected)
         torch.testing.assert_close(target, expected)
-        assert (v == 0).all()
+        assert (v == 0).all()  # a fresh critic
+
+
+# --------------------------------------------------------------------------- batches and the critic
+
+
+def test_value_model_is_a_copy_that_starts_at_0():
+    model = build()
+    model(torch.ones(1, 4, dtype=torch.long)).logits.sum().backward()
+    critic, tokens = ppo.ValueModel(model), torch.randint(VOCAB, (3, 8))
+    assert critic(tokens).shape == (3, 8) and (critic(tokens) == 0).all()
+    assert all(p.grad is None and p.requires_grad for p in critic.parameters())
+    before = copy.deepcopy(model)
+    with torch.no_grad():
+        for p in critic.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+    assert (difference(before, model) == 0).all()  # the critic's backbone is its own
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert critic(tokens).dtype == torch.float32
+    assert ppo.ValueModel(model.bfloat16())(tokens).dtype == torch.float32
+
+
+@pytest.mark.parametrize("budget", [1, 30, 10**6])
+def test_passes_without_gradient_do_not_depend_on_the_batching(budget):
+    model, rollouts = build("mistral window"), some_rollouts()
+    settings = ppo.Settings(temperature=0.7, tokens_per_microbatch=budget)
+    logprobs = ppo.rollout_logprobs(model, rollouts, settings)
+    for ours, theirs in zip(logprobs, one_by_one(model, rollouts, 0.7), strict=True):
+        assert not ours.requires_grad
+        close(ours, theirs.detach(), 1e-5, 1e-5)
+    critic = ppo.ValueModel(model)
+    torch.nn.init.normal_(critic.head.weight)
+    values = ppo.rollout_values(critic, rollouts, settings)
+    for ours, theirs in zip(values, values_one_by_one(critic, rollouts), strict=True):
+        close(ours, theirs.detach(), 1e-5, 1e-5)
+    only = [i % 3 == 0 for i in range(10)]
+    some = ppo.rollout_logprobs(model, rollouts, settings, only=only)
+    assert [x is not None for x in some] == only
+    close(some[3], logprobs[3], 1e-5, 1e-5)
+
+
+def test_microbatches_keep_to_the_budget_and_lose_nothing():
+    rollouts = some_rollouts(40)
+    lengths = [len(r.prompt) + len(r.response) for r in rollouts]
+    groups = ppo.microbatches(rollouts, 50)
+    assert sorted(i for group in groups for i in group) == list(range(40))
+    sizes = [len(group) * max(lengths[i] for i in group) for group in groups]
+    assert max(sizes) <= 50 and sum(sizes) < 1.2 * sum(lengths)  # little of it is padding
+    # each is longer than the budget: alone
+    assert all(len(group) == 1 for group in ppo.microbatches(rollouts, 1))
+    chosen = ppo.microbatches(rollouts, 50, [3, 5, 7])
+    assert sorted(i for group in chosen for i in group) == [3, 5, 7]
 
 
 # --------------------------------------------------------------------------- losses
 
 
 def test_the_clip_cuts_the_gradient_only_where_it_would_pay_to_go_on():
-    #              inside, past the clip in the paying direction, past it in the costly one, and the same for A < 0
+    # inside; past the clip in the paying direction; past it in the costly one; the same for A < 0
     ratio = torch.tensor([1.1, 1.5, 0.5, 0.9, 0.5, 1.5])
     advantages = torch.tensor([2.0, 2.0, 2.0, -2.0, -2.0, -2.0])
-    new = ratio.log().requires_grad_(True)
-    losses, measured = ppo.policy_loss(new, torch.zeros(6), advantages, 0.2)
-    torch.testing.assert_close(measured, ratio)
-    torch.testing.assert_close(losses, torch.tensor([-2.2, -2.4, -1.0, 1.8, 1.6, 3.0]))
+    logratio = ratio.log().requires_grad_(True)
+    losses = ppo.clipped_surrogate(logratio.exp(), advantages, 0.2)
+    close(losses, torch.tensor([-2.2, -2.4, -1.0, 1.8, 1.6, 3.0]))
     losses.sum().backward()
-    torch.testing.assert_close(new.grad, torch.tensor([-2.2, 0.0, -1.0, 1.8, 0.0, 3.0]))
+    close(logratio.grad, torch.tensor([-2.2, 0.0, -1.0, 1.8, 0.0, 3.0]))
 
 
 def test_value_clipping():
-    new = torch.tensor([0.1, 0.5, -0.5], requires_grad=True)  # inside; past the clip toward R = 1; past it away from R
+    # inside; past the clip toward R = 1; past it away from R
+    new = torch.tensor([0.1, 0.5, -0.5], requires_grad=True)
     losses = ppo.value_loss(new, torch.zeros(3), torch.ones(3), 0.2)
-    torch.testing.assert_close(losses, torch.tensor([0.5 * 0.81, 0.5 * 0.64, 0.5 * 2.25]))
+    close(losses, torch.tensor([0.5 * 0.81, 0.5 * 0.64, 0.5 * 2.25]))
     losses.sum().backward()
-    torch.testing.assert_close(new.grad, torch.tensor([-0.9, 0.0, -1.5]))
-    torch.testing.assert_close(ppo.value_loss(new, torch.zeros(3), torch.ones(3), None)[1], torch.tensor(0.125))
+    close(new.grad, torch.tensor([-0.9, 0.0, -1.5]))
+    unclipped = ppo.value_loss(new, torch.zeros(3), torch.ones(3), None)
+    close(unclipped, 0.5 * (new - 1) ** 2)
+
+
+def test_k3_is_an_unbiased_estimate_of_the_kl():
+    torch.manual_seed(0)
+    new, ref = (0.5 * torch.randn(2, 50)).log_softmax(-1)  # alike: none reaches the clamp
+    estimates = ppo.kl_k3(ref, new)
+    assert (estimates >= 0).all() and estimates.max() < 10
+    exact = (new.exp() * (new - ref)).sum()
+    close((new.exp() * estimates).sum(), exact, 1e-4)
+    far = torch.tensor([-200.0, 3.0, 0.0], requires_grad=True)
+    k3 = ppo.kl_k3(torch.zeros(3), far)
+    k3.sum().backward()
+    assert k3[0] == 10 and far.grad[0] == 0 and far.grad[2] == 0
+    assert far.grad.isfinite().all()
 
 
 # --------------------------------------------------------------------------- update
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2"])  # GPT-2 has dropout, and here it is on
-def test_first_ratio_is_one_and_the_gradient_is_the_policy_gradient(name):
+@pytest.mark.parametrize("given", [False, True])  # the log-probs of the policy that sampled
+@pytest.mark.parametrize("name", ["llama", "gpt2"])  # GPT-2 has dropout
+def test_first_ratio_is_one_and_the_gradient_is_the_policy_gradient(name, given):
     model, rollouts = build(name), some_rollouts()
     advantages = noise(rollouts)
-    tokens = sum(len(r.response) for r in rollouts)
-    loss = -sum((a * logprobs).sum() for a, logprobs in zip(advantages, one_by_one(model, rollouts, 0.8))) / tokens
-    expected = flat_gradient(loss, model)
-    model.train()
-    for old in (None, ppo.rollout_logprobs(model, rollouts, temperature=0.8, tokens_per_microbatch=40)):
-        gradient, metrics = moved(model, rollouts, advantages, old_logprobs=old, temperature=0.8)
-        torch.testing.assert_close(gradient, expected, rtol=1e-3, atol=1e-5)
-        assert metrics["ratio_mean"] == pytest.approx(1, abs=1e-6) and metrics["clip_fraction"] == 0
-        assert metrics["approx_kl"] == pytest.approx(0, abs=1e-6)
-    assert all(module.training for module in model.modules())  # put back
+    logprobs = torch.cat(one_by_one(model, rollouts, 0.8))
+    expected = flat_gradient(-(torch.cat(advantages) * logprobs).mean(), model)
+    settings = one_step(temperature=0.8, tokens_per_microbatch=40)
+    old = ppo.rollout_logprobs(model, rollouts, settings) if given else None
+    policy = copy.deepcopy(model).train()
+    metrics = ppo.update(policy, sgd(policy), rollouts, advantages, settings, old_logprobs=old)
+    close(difference(model, policy), expected)
+    assert metrics["ratio_mean"] == pytest.approx(1, abs=1e-6)
+    assert metrics["clip_fraction"] == 0
+    assert metrics["approx_kl"] == pytest.approx(0, abs=1e-6)
+    assert not any(module.training for module in policy.modules())
 
 
-def all_inputs(model, rollouts):
-    """Everything on: off-policy, a reference, mixed advantages of which some rollouts have none."""
+WITHOUT = (0, 3, 4)  # rollouts that have nothing to teach
+
+
+def off_policy(model, rollouts):
+    """Everything on: another policy that sampled, a reference, advantages of which some are 0.
+    Returns old, ref, advantages."""
     advantages = noise(rollouts, 1)
-    for i in (0, 3, 4):
+    for i in WITHOUT:
         advantages[i] = torch.zeros_like(advantages[i])
-    old = [a + b for a, b in zip(ppo.rollout_logprobs(model, rollouts), noise(rollouts, 2, 0.15))]
-    ref = [a + b for a, b in zip(ppo.rollout_logprobs(model, rollouts), noise(rollouts, 3, 0.3))]
-    return advantages, dict(old_logprobs=old, ref_logprobs=ref)
+    now = ppo.rollout_logprobs(model, rollouts, ppo.Settings())
+    old = [a + b for a, b in zip(now, noise(rollouts, 2, 0.15))]
+    ref = [a + b for a, b in zip(now, noise(rollouts, 3, 0.3))]
+    return old, ref, advantages
+
+
+@pytest.mark.parametrize("budget", [1, 40, 10**6])
+@pytest.mark.parametrize("kl_coef", [0.0, 0.5])
+def test_gradient_equals_the_formula_whatever_the_microbatches(kl_coef, budget):
+    """At kl_coef 0 the rollouts without advantages are left out: the same gradient."""
+    model, rollouts = build(), some_rollouts()
+    old, ref, advantages = off_policy(model, rollouts)
+    loss = objective(one_by_one(model, rollouts), old, ref, advantages, kl_coef)
+    expected = flat_gradient(loss, model)
+    settings = one_step(kl_coef=kl_coef, tokens_per_microbatch=budget)
+    lists = {"old_logprobs": old, "ref_logprobs": ref}
+    gradient, metrics = moved(model, rollouts, advantages, settings, **lists)
+    close(gradient, expected)
+    assert metrics["grad_norm"] == pytest.approx(float(expected.norm()), rel=1e-3)
 
 
 @pytest.mark.parametrize("kl_coef", [0.0, 0.5])
-def test_gradient_equals_the_formula_whatever_the_microbatches(kl_coef):
+def test_metrics_are_means_over_the_tokens_that_were_trained_on(kl_coef):
     model, rollouts = build(), some_rollouts()
-    advantages, others = all_inputs(model, rollouts)
-    new = torch.cat(one_by_one(model, rollouts))
-    old, ref = torch.cat(others["old_logprobs"]), torch.cat(others["ref_logprobs"])
-    a, ratio, d = torch.cat(advantages), (new - old).exp(), ref - new
-    loss = (torch.maximum(-a * ratio, -a * ratio.clamp(0.8, 1.2)) + kl_coef * (d.exp() - d - 1)).mean()
-    expected = flat_gradient(loss, model)
-    for budget in (1, 40, 10**6):  # at kl_coef 0 the zero rollouts are left out: same gradient, same denominator
-        gradient, metrics = moved(model, rollouts, advantages, **others, kl_coef=kl_coef, tokens_per_microbatch=budget)
-        torch.testing.assert_close(gradient, expected, rtol=1e-3, atol=1e-5)
-        passed = torch.cat(ppo.per_token(rollouts, [kl_coef > 0 or i not in (0, 3, 4) for i in range(10)])).bool()
-        assert metrics["tokens_trained"] == passed.sum()
-        assert metrics["kl"] == pytest.approx((d.exp() - d - 1)[passed].mean().item(), rel=1e-3)
-        assert metrics["ratio_mean"] == pytest.approx(ratio[passed].mean().item(), rel=1e-4)
-        assert metrics["approx_kl"] == pytest.approx((ratio - 1 - ratio.log())[passed].mean().item(), rel=1e-3)
-        assert metrics["grad_norm"] == pytest.approx(float(expected.norm()), rel=1e-3)
-        cut = torch.maximum(-a * ratio, -a * ratio.clamp(0.8, 1.2)) > -a * ratio
-        assert 0 < metrics["clip_fraction"] == pytest.approx(float(cut[passed].float().mean()))
+    old, ref, advantages = off_policy(model, rollouts)
+    lists = {"old_logprobs": old, "ref_logprobs": ref}
+    settings = one_step(kl_coef=kl_coef, tokens_per_microbatch=40)
+    _, metrics = moved(model, rollouts, advantages, settings, **lists)
+    passed = [i for i in range(10) if kl_coef > 0 or i not in WITHOUT]
+    columns = (one_by_one(model, rollouts), old, ref, advantages)
+    new, old, ref, a = (torch.cat([column[i] for i in passed]).detach() for column in columns)
+    ratio, d = (new - old).exp(), ref - new
+    cut = torch.maximum(-a * ratio, -a * ratio.clamp(0.8, 1.2)) > -a * ratio
+    assert metrics["tokens_trained"] == len(a)
+    expected = {
+        "kl": (d.exp() - d - 1).mean(),
+        "ratio_mean": ratio.mean(),
+        "approx_kl": (ratio - 1 - ratio.log()).mean(),
+        "clip_fraction": cut.float().mean(),
+    }
+    for name, value in expected.items():
+        assert 0 < metrics[name] == pytest.approx(float(value), rel=1e-3), name
 
 
 def test_finite_differences_of_the_whole_loss():
-    model, rollouts = build("gpt2", dtype=torch.float64), some_rollouts(5)  # Llama's norms are float32 whatever we ask
-    advantages, others = all_inputs(model, rollouts)
-
-    def loss(shifted):
-        new = torch.cat(one_by_one(shifted, rollouts))
-        per_token, _ = ppo.policy_loss(new, torch.cat(others["old_logprobs"]), torch.cat(advantages), 0.2)
-        return float((per_token + 0.3 * ppo.kl_k3(torch.cat(others["ref_logprobs"]), new)).mean())
-
+    # float64, which Llama's norms are not whatever we ask
+    model, rollouts = build("gpt2", dtype=torch.float64), some_rollouts(5)
+    old, ref, advantages = off_policy(model, rollouts)
+    lists = {"old_logprobs": old, "ref_logprobs": ref}
+    settings = one_step(kl_coef=0.3, tokens_per_microbatch=40)
     policy = copy.deepcopy(model)
-    ppo.update(policy, sgd(policy), rollouts, advantages, **others, kl_coef=0.3, max_grad_norm=None,
-               tokens_per_microbatch=40)
-    for name in ("wte.weight", "wpe.weight", "h.0.attn.c_attn.weight", "h.1.mlp.c_fc.bias", "ln_f.weight"):
+    ppo.update(policy, sgd(policy), rollouts, advantages, settings, **lists)
+
+    @torch.no_grad()
+    def loss_at(weight, where, shift):
+        weight.flatten()[where] += shift
+        loss = objective(one_by_one(model, rollouts), old, ref, advantages, 0.3)
+        weight.flatten()[where] -= shift
+        return float(loss)
+
+    names = ("wte.weight", "wpe.weight", "h.0.attn.c_attn.weight", "h.1.mlp.c_fc.bias")
+    for name in (*names, "ln_f.weight"):
         weight, after = (m.transformer.get_parameter(name) for m in (model, policy))
         gradient = (weight - after).detach().flatten()
         where = gradient.abs().argmax()
-        with torch.no_grad():
-            weight.flatten()[where] += 1e-6
-            up = loss(model)
-            weight.flatten()[where] -= 2e-6
-            down = loss(model)
-            weight.flatten()[where] += 1e-6
-        assert (up - down) / 2e-6 == pytest.approx(float(gradient[where]), rel=1e-4)
+        slope = (loss_at(weight, where, 1e-6) - loss_at(weight, where, -1e-6)) / 2e-6
+        assert slope == pytest.approx(float(gradient[where]), rel=1e-4)
 
 
-def test_gradient_of_the_critic_and_its_metrics():
+@pytest.mark.parametrize("budget", [1, 50, 10**6])
+def test_gradient_of_the_critic_and_its_metrics(budget):
     model, rollouts = build(), some_rollouts()
     critic = ppo.ValueModel(model)
     torch.nn.init.normal_(critic.head.weight, std=0.1)
-    values = [v + e for v, e in zip(ppo.rollout_values(critic, rollouts), noise(rollouts, 1, 0.3))]
+    new = torch.cat(values_one_by_one(critic, rollouts))
+    now = ppo.rollout_values(critic, rollouts, ppo.Settings())
+    values = [v + e for v, e in zip(now, noise(rollouts, 1, 0.3))]
     returns = noise(rollouts, 2)
-    new = torch.cat([critic(torch.tensor([r.prompt + r.response]))[0, len(r.prompt) - 1:-1] for r in rollouts])
     old, target = torch.cat(values), torch.cat(returns)
     clipped = torch.minimum(torch.maximum(new, old - 0.2), old + 0.2)
     loss = 0.5 * torch.maximum((new - target) ** 2, (clipped - target) ** 2).mean()
     expected = flat_gradient(loss, critic)
-    for budget in (1, 50, 10**6):
-        trained = copy.deepcopy(critic)
-        metrics = ppo.update(copy.deepcopy(model), sgd(model), rollouts, noise(rollouts), critic=trained,
-                             critic_optimizer=sgd(trained), values=values, returns=returns, max_grad_norm=None,
-                             tokens_per_microbatch=budget)
-        gradient = torch.cat([(a - b).flatten() for a, b in zip(critic.parameters(), trained.parameters())]).detach()
-        torch.testing.assert_close(gradient, expected, rtol=1e-3, atol=1e-5)
-        assert metrics["value_loss"] == pytest.approx(loss.item(), rel=1e-4)
-        assert metrics["critic_grad_norm"] == pytest.approx(float(expected.norm()), rel=1e-3)
-        assert metrics["explained_variance"] == pytest.approx(1 - float((target - old).var() / target.var()), abs=1e-4)
+    policy, trained = copy.deepcopy(model), copy.deepcopy(critic)
+    metrics = ppo.update(
+        policy, sgd(policy, trained), rollouts, noise(rollouts),
+        one_step(tokens_per_microbatch=budget), critic=trained, values=values, returns=returns,
+    )  # fmt: skip
+    close(difference(critic, trained), expected)
+    assert metrics["value_loss"] == pytest.approx(loss.item(), rel=1e-4)
+    assert metrics["critic_grad_norm"] == pytest.approx(float(expected.norm()), rel=1e-3)
+    explained = 1 - float((target - old).var() / target.var())
+    assert metrics["explained_variance"] == pytest.approx(explained, abs=1e-4)
 
 
-def test_gradient_norms_are_clipped_apart():
+def test_gradient_norms_are_clipped_each_by_itself():
     model, rollouts = build(), some_rollouts()
-    gradient, metrics = moved(model, rollouts, noise(rollouts), max_grad_norm=0.01)
-    assert metrics["grad_norm"] > 0.02 and float(gradient.norm()) == pytest.approx(0.01, rel=1e-3)
+    policy, critic = copy.deepcopy(model), ppo.ValueModel(model)
+    before, ones = copy.deepcopy(critic), [torch.ones(len(r.response)) for r in rollouts]
+    metrics = ppo.update(
+        policy, sgd(policy, critic), rollouts, noise(rollouts), one_step(max_grad_norm=0.01),
+        critic=critic, values=[0 * x for x in ones], returns=ones,
+    )  # fmt: skip
+    assert min(metrics["grad_norm"], metrics["critic_grad_norm"]) > 0.02
+    for old, new in ((model, policy), (before, critic)):
+        assert float(difference(old, new).norm()) == pytest.approx(0.01, rel=1e-3)
 
 
-def test_epochs_minibatches_schedulers_and_seeds():
+def test_epochs_minibatches_and_seeds():
     model, rollouts = build(), some_rollouts(10)
-    runs = []
+    settings = ppo.Settings(epochs=2, minibatch=4)
+    policies = []
     for seed in (0, 0, 1):
         policy, critic = copy.deepcopy(model), ppo.ValueModel(model)
-        optimizer, critic_optimizer = (torch.optim.AdamW(m.parameters(), lr=1e-3) for m in (policy, critic))
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
-        advantages, values, returns = ppo.critic_advantages(critic, rollouts, np.arange(10) % 2)
-        metrics = ppo.update(policy, optimizer, rollouts, ppo.whiten(advantages), critic=critic, scheduler=scheduler,
-                             critic_optimizer=critic_optimizer, values=values, returns=returns, epochs=2, minibatch=4,
-                             rng=np.random.default_rng(seed))
-        assert metrics["optimizer_steps"] == scheduler.last_epoch == 6 and metrics["skipped_minibatches"] == 0
+        advantages, values, returns = ppo.critic_advantages(
+            critic, rollouts, np.arange(10) % 2, settings
+        )
+        metrics = ppo.update(
+            policy, adamw(policy, critic), rollouts, ppo.whiten(advantages), settings,
+            critic=critic, values=values, returns=returns, rng=np.random.default_rng(seed),
+        )  # fmt: skip
+        assert metrics["optimizer_steps"] == 6 and metrics["skipped_minibatches"] == 0
         assert metrics["tokens_trained"] == 2 * sum(len(r.response) for r in rollouts)
-        assert metrics["ratio_mean"] != 1  # from the second step on the policy has left the one that sampled
+        assert metrics["ratio_mean"] != 1  # from the second step on the policy is another
         assert all(isinstance(v, (int, float)) and math.isfinite(v) for v in metrics.values())
-        runs.append(policy.lm_head.weight)
-    assert torch.equal(runs[0], runs[1]) and not torch.equal(runs[0], runs[2])
+        policies.append(policy.lm_head.weight)
+    assert torch.equal(policies[0], policies[1]) and not torch.equal(policies[0], policies[2])
+
+
+def test_one_optimizer_trains_policy_and_critic_as_two_would():
+    """Adam must not let the momentum of one move it in the other's step."""
+    model, rollouts = build(), some_rollouts(10)
+    settings = ppo.Settings(epochs=2, minibatch=4)
+    nothing = [torch.zeros(len(r.response)) for r in rollouts]
+
+    def train(advantages, with_critic):
+        policy, critic = copy.deepcopy(model), ppo.ValueModel(model)
+        lists = {"critic": critic, "values": nothing, "returns": noise(rollouts, 5)}
+        lists = lists if with_critic else {}
+        optimizer = adamw(policy, critic)
+        ppo.update(policy, optimizer, rollouts, advantages, settings, **lists)
+        return policy, critic
+
+    policy, critic = train(noise(rollouts), with_critic=True)
+    policy_alone, _ = train(noise(rollouts), with_critic=False)
+    same_policy, critic_alone = train(nothing, with_critic=True)
+    assert (difference(policy, policy_alone) == 0).all()
+    assert (difference(critic, critic_alone) == 0).all()
+    assert (difference(model, same_policy) == 0).all() and difference(model, policy).any()
 
 
 def test_minibatches_are_separate_steps():
     model, rollouts = build(), some_rollouts(2)
-    old, advantages = ppo.rollout_logprobs(model, rollouts), noise(rollouts, scale=0.01)
-    gradient, _ = moved(model, rollouts, advantages, minibatch=1)
+    old = ppo.rollout_logprobs(model, rollouts, ppo.Settings())
+    advantages = noise(rollouts, scale=0.01)
+    gradient, _ = moved(model, rollouts, advantages, one_step(minibatch=1))
     policy = copy.deepcopy(model)
     for i in np.random.default_rng(0).permutation(2):
-        ppo.update(policy, sgd(policy), [rollouts[i]], [advantages[i]], old_logprobs=[old[i]], max_grad_norm=None)
-    expected = torch.cat([(a - b).flatten() for a, b in zip(model.parameters(), policy.parameters())]).detach()
-    torch.testing.assert_close(gradient, expected, rtol=1e-3, atol=1e-5)
+        lists = [rollouts[i]], [advantages[i]]
+        ppo.update(policy, sgd(policy), *lists, one_step(), old_logprobs=[old[i]])
+    close(gradient, difference(model, policy))
 
 
-def test_an_exploding_ratio_skips_the_step():
+@pytest.mark.parametrize("shift", [5.0, 200.0])  # e^200 is infinite in float32
+def test_an_exploding_ratio_skips_the_step(shift):
     model, rollouts = build(), some_rollouts()
-    for shift in (5.0, 200.0):  # e^200 is infinite in float32
-        old = [logprobs - shift for logprobs in ppo.rollout_logprobs(model, rollouts)]
-        gradient, metrics = moved(model, rollouts, noise(rollouts), old_logprobs=old)
-        assert (gradient == 0).all() and metrics["skipped_minibatches"] == 1 and metrics["optimizer_steps"] == 0
-        assert "ratio_mean" not in metrics
-    for bad in (0, 1):  # first or second of two minibatches: the other's step is as if it were alone
-        old = ppo.rollout_logprobs(model, rollouts[:2])
-        old[bad] = old[bad] - 50
-        advantages = [-a.abs() for a in noise(rollouts[:2])]  # no clip stops these
-        gradient, metrics = moved(model, rollouts[:2], advantages, old_logprobs=old, minibatch=1)
-        expected, _ = moved(model, [rollouts[1 - bad]], [advantages[1 - bad]])
-        torch.testing.assert_close(gradient, expected, rtol=1e-3, atol=1e-5)
-        assert metrics["skipped_minibatches"] == metrics["optimizer_steps"] == 1
+    old = [x - shift for x in ppo.rollout_logprobs(model, rollouts, ppo.Settings())]
+    gradient, metrics = moved(model, rollouts, noise(rollouts), old_logprobs=old)
+    assert (gradient == 0).all() and "ratio_mean" not in metrics
+    assert metrics["skipped_minibatches"] == 1 and metrics["optimizer_steps"] == 0
+
+
+@pytest.mark.parametrize("bad", [0, 1])  # of two minibatches, each one rollout
+def test_a_skipped_step_leaves_the_other_as_if_it_were_alone(bad):
+    model, rollouts = build(), some_rollouts(2)
+    old = ppo.rollout_logprobs(model, rollouts, ppo.Settings())
+    old[bad] = old[bad] - 50
+    advantages = [-a.abs() for a in noise(rollouts)]  # no clip stops these
+    gradient, metrics = moved(model, rollouts, advantages, one_step(minibatch=1), old_logprobs=old)
+    expected, _ = moved(model, [rollouts[1 - bad]], [advantages[1 - bad]])
+    close(gradient, expected)
+    assert metrics["skipped_minibatches"] == metrics["optimizer_steps"] == 1
 
 
 def test_nothing_to_learn_moves_nothing():
-    model, rollouts = build(), some_rollouts()
-    policy = copy.deepcopy(model)
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=0.1)
-    ppo.update(policy, optimizer, rollouts, noise(rollouts))
-    before = policy.lm_head.weight.clone()  # AdamW's momentum alone would move it
-    metrics = ppo.update(policy, optimizer, rollouts, [torch.zeros(len(r.response)) for r in rollouts])
-    assert torch.equal(policy.lm_head.weight, before) and metrics["optimizer_steps"] == metrics["tokens_trained"] == 0
+    policy, rollouts = build(), some_rollouts()
+    optimizer = adamw(policy, lr=0.1)
+    ppo.update(policy, optimizer, rollouts, noise(rollouts), ppo.Settings())
+    before = copy.deepcopy(policy)  # AdamW's momentum alone would move it
+    nothing = [torch.zeros(len(r.response)) for r in rollouts]
+    metrics = ppo.update(policy, optimizer, rollouts, nothing, ppo.Settings())
+    assert (difference(before, policy) == 0).all()
+    assert metrics["optimizer_steps"] == metrics["tokens_trained"] == 0
 
 
-def test_a_nan_stops_before_the_step():
-    model, rollouts = build(), some_rollouts()
+@pytest.mark.parametrize("broken", ["policy", "critic"])
+def test_a_nan_stops_before_the_step(broken):
+    policy, rollouts = build(), some_rollouts()
+    critic = ppo.ValueModel(policy)
+    before = copy.deepcopy(policy if broken == "policy" else critic)
+    norm = policy.model.norm if broken == "policy" else critic.backbone.norm
+    kept = norm.weight[0].item()
     with torch.no_grad():
-        model.model.norm.weight[0] = float("nan")
-    before = model.lm_head.weight.clone()
-    with pytest.raises(FloatingPointError, match="policy.*no step"):
-        ppo.update(model, sgd(model), rollouts, noise(rollouts))
-    assert torch.equal(model.lm_head.weight, before)
+        norm.weight[0] = float("nan")
+    zeros = [torch.zeros(len(r.response)) for r in rollouts]
+    critics = {"critic": critic, "values": zeros, "returns": noise(rollouts)}
+    with pytest.raises(FloatingPointError, match=f"{broken}.*no step"):
+        ppo.update(
+            policy, sgd(policy, critic), rollouts, noise(rollouts), ppo.Settings(), **critics
+        )
+    with torch.no_grad():
+        norm.weight[0] = kept
+    assert (difference(before, policy if broken == "policy" else critic) == 0).all()
 
 
 def test_gradient_checkpointing_stays_on_and_changes_nothing():
     model, rollouts = build("gpt2"), some_rollouts()
     expected, _ = moved(model, rollouts, noise(rollouts))
-    getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()  # its new name
-    calls, policy = [], copy.deepcopy(model)
+    policy, calls = copy.deepcopy(model), []
+    enable = getattr(policy, "activation_checkpointing_enable", None)  # its new name
+    (enable or policy.gradient_checkpointing_enable)()
     ppo.check_head(policy)
     policy.transformer.h[0].mlp.register_forward_pre_hook(lambda *_: calls.append(1))
-    ppo.update(policy, sgd(policy), rollouts, noise(rollouts), max_grad_norm=None)
+    ppo.update(policy, sgd(policy), rollouts, noise(rollouts), one_step())
     assert len(calls) == 2  # forward, and again in backward
-    gradient = torch.cat([(a - b).flatten() for a, b in zip(model.parameters(), policy.parameters())]).detach()
-    torch.testing.assert_close(gradient, expected, rtol=1e-3, atol=1e-5)
+    close(difference(model, policy), expected)
 
 
 def test_autocast_update_agrees_with_float32():
     model, rollouts = build(), some_rollouts()
     expected, _ = moved(model, rollouts, noise(rollouts))
-    old = ppo.rollout_logprobs(model, rollouts, autocast=torch.bfloat16)
-    gradient, metrics = moved(model, rollouts, noise(rollouts), old_logprobs=old, autocast=torch.bfloat16)
+    settings = one_step(autocast=torch.bfloat16)
+    old = ppo.rollout_logprobs(model, rollouts, settings)
+    gradient, metrics = moved(model, rollouts, noise(rollouts), settings, old_logprobs=old)
     assert metrics["ratio_mean"] == pytest.approx(1, abs=1e-2)
     assert torch.cosine_similarity(gradient, expected, dim=0) > 0.99
-    with pytest.raises(ValueError, match="float16"):
-        ppo.update(model, sgd(model), rollouts, noise(rollouts), autocast=torch.float16)
 
 
-def test_bad_arguments_of_update():
-    model, rollouts = build(), some_rollouts(3)
-    good, call = noise(rollouts), lambda *a, **k: ppo.update(model, sgd(model), *a, **k)
-    for message, run in {
-            "advantages: needs 3": lambda: call(rollouts, good[:2]),
-            "old_logprobs: needs 3": lambda: call(rollouts, good, old_logprobs=[g[:0] for g in good]),
-            "NaN or an infinity in rollout 1": lambda: call(rollouts, [good[0], good[1] / 0, good[2]]),
-            "needs ref_logprobs": lambda: call(rollouts, good, kl_coef=0.1),
-            "critic_optimizer, values": lambda: call(rollouts, good, critic=ppo.ValueModel(model)),
-            "0 rollouts": lambda: call([], []),
-            "minibatch 0": lambda: call(rollouts, good, minibatch=0),
-            "rollout 0: 0 prompt": lambda: call([SimpleNamespace(prompt=[], response=[1])], [torch.ones(1)])}.items():
-        with pytest.raises(ValueError, match=message) as caught:
-            run()
-        assert "\n" not in str(caught.value)
+NUMBERS = noise(some_rollouts(3))
+
+
+@pytest.mark.parametrize(
+    "changes, lists, message",
+    [
+        ({}, {"advantages": NUMBERS[:2]}, "advantages: needs 3"),
+        ({}, {"old_logprobs": [x[:0] for x in NUMBERS]}, "old_logprobs: needs 3"),
+        ({}, {"advantages": [NUMBERS[0], NUMBERS[1] / 0, NUMBERS[2]]}, "infinity in rollout 1"),
+        ({"kl_coef": 0.1}, {}, "needs ref_logprobs"),
+        ({}, {"critic": "one"}, "needs values and returns"),
+        ({}, {"rollouts": [], "advantages": []}, "0 rollouts"),
+        ({"minibatch": 0}, {}, "minibatch 0"),
+        ({"epochs": 0}, {}, "epochs 0"),
+        ({"autocast": torch.float16}, {}, "float16"),
+        ({}, {"rollouts": [SimpleNamespace(prompt=[], response=[1])]}, "rollout 0: 0 prompt"),
+    ],
+)
+def test_bad_arguments_of_update(changes, lists, message):
+    model = build()
+    lists = {"rollouts": some_rollouts(3), "advantages": NUMBERS} | lists
+    with pytest.raises(ValueError, match=message) as raised:
+        ppo.update(model, sgd(model), settings=ppo.Settings(**changes), **lists)
+    assert "\n" not in str(raised.value)
 
 
 # --------------------------------------------------------------------------- does it learn?
@@ -570,23 +755,28 @@ def test_bad_arguments_of_update():
 @pytest.mark.parametrize("algorithm", ["ppo", "grpo", "rloo"])
 def test_bandit(algorithm):
     """One state, one token, reward 1 for token 7: its probability must rise a lot."""
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(LlamaConfig(**SHAPE | {"vocab_size": 12}))
-    critic = ppo.ValueModel(model)
-    optimizer, critic_optimizer = (torch.optim.Adam(m.parameters(), lr=3e-3) for m in (model, critic))
-    prompt, chance = torch.tensor([[3, 4]]), lambda: model(prompt).logits[0, -1].softmax(0)[7].item()
-    before, rng = chance(), np.random.default_rng(0)
-    for _ in range(15):
+    model = small_llama(12)
+    critic = ppo.ValueModel(model) if algorithm == "ppo" else None
+    optimizer = adamw(*(m for m in (model, critic) if m is not None), lr=3e-3)
+    settings = ppo.Settings(epochs=2, minibatch=32)
+    rng = np.random.default_rng(0)
+
+    def chances():
         with torch.no_grad():
-            drawn = model(prompt).logits[0, -1].softmax(0).multinomial(64, replacement=True).tolist()
+            return model(torch.tensor([[3, 4]])).logits[0, -1].softmax(0)
+
+    before = chances()[7]
+    for _ in range(15):
+        drawn = chances().multinomial(64, replacement=True).tolist()
         rollouts = [SimpleNamespace(prompt=[3, 4], response=[token]) for token in drawn]
         rewards = np.array([float(token == 7) for token in drawn])
+        lists = {"critic": critic, "rng": rng}
         if algorithm == "ppo":
-            advantages, values, returns = ppo.critic_advantages(critic, rollouts, rewards)
-            ppo.update(model, optimizer, rollouts, ppo.whiten(advantages), epochs=2, minibatch=32, rng=rng,
-                       critic=critic, critic_optimizer=critic_optimizer, values=values, returns=returns)
+            advantages, values, returns = ppo.critic_advantages(critic, rollouts, rewards, settings)
+            advantages = ppo.whiten(advantages)
+            lists |= {"values": values, "returns": returns}
         else:
-            advantages = ppo.group_advantages(rewards.reshape(4, 16), how=algorithm).reshape(-1)
-            advantages = ppo.per_token(rollouts, advantages)
-            ppo.update(model, optimizer, rollouts, advantages, epochs=2, minibatch=32, rng=rng)
-    assert before < 0.15 and chance() > 0.6
+            scores = ppo.group_advantages(rewards.reshape(4, 16), how=algorithm)
+            advantages = ppo.per_token(rollouts, scores.flatten())
+        ppo.update(model, optimizer, rollouts, advantages, settings, **lists)
+    assert before < 0.15 and chances()[7] > 0.6

@@ -1,4 +1,4 @@
-"""sfl.py: learnability, the curricula, and the whole job on a model small enough for a test."""
+"""Learnability, the curricula, and the whole job on a model small enough for a test."""
 
 import itertools
 import json
@@ -6,141 +6,216 @@ import math
 import signal
 import subprocess
 import sys
+import time
 from argparse import Namespace
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from conftest import ROOT, read_rows, small_llama, write_rows
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import data
 import eval as evaluation
 import sfl
 import sft
 
-ROOT = Path(__file__).resolve().parent.parent
-
-
-# ---------------------------------------------------------------- learnability
+# --------------------------------------------------------------------------- learnability
 
 
 @pytest.mark.parametrize("attempts", [2, 3, 8])
 @pytest.mark.parametrize("p", [0.0, 0.1, 0.5, 0.93, 1.0])
 def test_learnability_is_unbiased_and_the_plug_in_is_not(attempts, p):
-    chance = [math.comb(attempts, s) * p**s * (1 - p) ** (attempts - s) for s in range(attempts + 1)]
-    expected = sum(c * sfl.learnability(s, attempts) for s, c in enumerate(chance))
+    expected = plug_in = 0
+    for s in range(attempts + 1):
+        chance = math.comb(attempts, s) * p**s * (1 - p) ** (attempts - s)
+        expected += chance * sfl.learnability(s, attempts)
+        plug_in += chance * (s / attempts) * (1 - s / attempts)
     assert expected == pytest.approx(p * (1 - p), abs=1e-12)
-    plug_in = sum(c * (s / attempts) * (1 - s / attempts) for s, c in enumerate(chance))
-    assert plug_in == pytest.approx(p * (1 - p) * (attempts - 1) / attempts, abs=1e-12)  # as the docstring says
+    too_low = (attempts - 1) / attempts  # as the docstring says
+    assert plug_in == pytest.approx(p * (1 - p) * too_low, abs=1e-12)
 
 
 def test_learnability_takes_numbers_and_arrays_and_is_the_variance_of_rewards():
     rewards = np.random.default_rng(0).integers(0, 2, (50, 6))
     scores = sfl.learnability(rewards.sum(1), 6)
-    assert scores.shape == (50,) and np.allclose(scores, sfl.variance(rewards))
-    assert np.ndim(sfl.learnability(3, 6)) == 0 and sfl.learnability(3, 6) == pytest.approx(9 / 30)
-    assert sfl.variance([[0.0, 0.5, 1.0]])[0] == pytest.approx(0.25)  # rewards need not be 0 or 1
-    for successes, attempts in ((0, 1), (3, 2), (-1, 4)):
-        with pytest.raises(ValueError, match="attempts"):
-            sfl.learnability(successes, attempts)
+    assert np.allclose(scores, rewards.var(1, ddof=1))
+    assert np.array_equal(sfl.Batch(np.arange(50), [], rewards).learnability(), scores)
+    one = sfl.learnability(3, 6)
+    assert np.ndim(one) == 0 and one == pytest.approx(9 / 30)
+
+
+@pytest.mark.parametrize("successes, attempts", [(0, 1), (3, 2), (-1, 4)])
+def test_learnability_refuses(successes, attempts):
+    with pytest.raises(ValueError, match="attempts"):
+        sfl.learnability(successes, attempts)
 
 
 def test_most_takes_the_largest_and_breaks_ties_at_random():
     rng, scores = np.random.default_rng(0), np.array([0.1, 0.3, 0.1, 0.3, 0.0, 0.1])
-    picks = [frozenset(sfl.most(scores, 3, rng).tolist()) for _ in range(600)]
-    assert {p - {1, 3} for p in picks} == {frozenset({0}), frozenset({2}), frozenset({5})}
-    assert all(150 < picks.count(frozenset({1, 3, tied})) < 250 for tied in (0, 2, 5))
+    picks = Counter(frozenset(sfl.most(scores, 3, rng).tolist()) for _ in range(600))
+    assert set(picks) == {frozenset({1, 3, tied}) for tied in (0, 2, 5)}
+    assert all(150 < count < 250 for count in picks.values())
 
 
-# ---------------------------------------------------------------- the curricula, on questions whose success rate is known
+# --------------------------------------------------------------------------- the curricula
+# On questions whose success rate is known.
 
 
 def settings(**changes):
-    return Namespace(**dict(questions=8, rho=0.5, refresh_every=4, candidates=40, buffer_size=10, score_rollouts=8, rollouts=8,
-                            max_candidates=40, memory=0.9, thompson=False) | changes)
+    defaults = {"questions": 8, "rollouts": 8, "rho": 0.5, "memory": 0.9, "stop_early": False}
+    defaults |= {"refresh_every": 4, "candidates": 40, "buffer_size": 10, "score_rollouts": 8}
+    return Namespace(**defaults | {"max_candidates": 40} | changes)
 
 
-def simulator(p, seed=0):
-    """attempt(indices, n) of a policy that solves question i with chance p[i]; the calls are kept."""
-    rng, calls = np.random.default_rng(seed), []
+class Simulator:
+    """`sample` of a policy that solves question i with chance p[i]; remembers its calls."""
 
-    def attempt(indices, n):
-        calls.append((list(indices), n))
-        rewards = (rng.random((len(indices), n)) < np.asarray(p)[np.asarray(indices)][:, None]).astype(np.float32)
-        return [[f"{i}/{j}" for j in range(n)] for i in indices], rewards
-    return attempt, calls
+    def __init__(self, p, seed=0):
+        self.p, self.rng, self.calls = np.asarray(p), np.random.default_rng(seed), []
+
+    def __call__(self, chosen, n):
+        chosen = np.asarray(chosen)
+        draws = self.rng.random((len(chosen), n))
+        rewards = (draws < self.p[chosen][:, None]).astype(np.float32)
+        number = len(self.calls)
+        groups = [[f"call {number}, {i}/{j}" for j in range(n)] for i in chosen]
+        self.calls.append(sfl.Batch(chosen, groups, rewards))
+        return self.calls[-1]
 
 
-P = np.array([1.0] * 60 + [0.0] * 30 + [0.5] * 10)  # most always solved, many never, a frontier of 10
+P = np.array([1.0] * 60 + [0.0] * 30 + [0.5] * 10)  # solved, out of reach, a frontier of 10
+
+
+def choose(curriculum, args, sample, state=None, iteration=0, rng=None):
+    """(batch, logged) of a curriculum, after what is true of every batch."""
+    rng, state = rng or np.random.default_rng(0), {} if state is None else state
+    batch, logged = curriculum(args, state, iteration, len(sample.p), rng, sample)
+    assert len(batch.questions) == args.questions == len(set(batch.questions.tolist()))
+    assert batch.rewards.shape == (args.questions, args.rollouts)
+    json.dumps([state, logged])  # goes into the checkpoint and into the log
+    return batch, logged
+
+
+def test_uniform_draws_every_question_alike():
+    sample, rng = Simulator([0.5] * 20), np.random.default_rng(0)
+    counts = Counter()
+    for _ in range(2000):
+        batch, logged = choose(sfl.uniform, settings(rollouts=2), sample, rng=rng)
+        counts.update(batch.questions.tolist())
+        assert batch is sample.calls[-1] and logged == {}
+    assert len(counts) == 20 and all(abs(count - 800) < 100 for count in counts.values())
+    assert len(sample.calls) == 2000
 
 
 def test_sfl_refreshes_every_t_keeps_the_k_most_learnable_and_mixes_by_rho():
     args, state, rng = settings(candidates=100), {}, np.random.default_rng(1)
-    attempt, calls = simulator(P)
-    batches = []
+    sample, batches = Simulator(P), []
     for iteration in range(8):
-        chosen, at_hand, logged = sfl.sfl(args, state, iteration, len(P), rng, attempt)
-        assert at_hand is None and len(chosen) == 8 == len(set(chosen.tolist()))
+        batch, logged = choose(sfl.sfl, args, sample, state, iteration, rng)
+        assert batch is sample.calls[-1]
         assert (iteration % 4 == 0) == ("pool_learnable" in logged)
-        assert set(chosen[:4].tolist()) <= set(state["buffer"])
-        batches.append(chosen)
-    assert [(len(indices), len(set(indices)), n) for indices, n in calls] == [(100, 100, 8)] * 2  # without replacement
-    assert len(set(state["buffer"]) & set(range(90, 100))) >= 9  # all 8 attempts agree once in 128 times
-    assert logged == {} and len({tuple(b[:4]) for b in batches[4:]}) > 1  # one buffer, drawn from again and again
-    rest = np.concatenate([b[4:] for b in batches])
+        assert set(batch.questions[:4].tolist()) <= set(state["buffer"])
+        batches.append(batch.questions)
+    scorings = [call for call in sample.calls if len(call.questions) == 100]
+    assert len(scorings) == 2 and len(sample.calls) == 10
+    assert all(len(set(call.questions.tolist())) == 100 for call in scorings)  # no repetition
+    assert len(state["buffer"]) == 10
+    # all 8 attempts agree once in 128 times
+    assert len(set(state["buffer"]) & set(range(90, 100))) >= 9
+    # one buffer, drawn from again and again
+    assert len({tuple(questions[:4]) for questions in batches[4:]}) > 1
+    rest = np.concatenate([questions[4:] for questions in batches])
     assert (rest < 90).mean() > 0.6  # the other half is uniform
-
-
-def test_sfl_logs_the_pool_it_scored():
-    attempt, _ = simulator(P)
-    logged = sfl.sfl(settings(candidates=100), {}, 0, len(P), np.random.default_rng(0), attempt)[2]
-    assert logged["pool_solved_by_all"] == pytest.approx(0.6, abs=0.02) and logged["pool_solved_by_none"] == pytest.approx(0.3, abs=0.02)
-    assert sum(logged["pool_histogram"]) == 100 and logged["pool_histogram"][8] >= 60
 
 
 @pytest.mark.parametrize("rho, buffered", [(0.0, 0), (0.25, 2), (1.0, 8)])
 def test_rho_is_the_share_from_the_buffer(rho, buffered):
-    attempt, state = simulator(P)[0], {}
-    chosen = sfl.sfl(settings(rho=rho), state, 0, len(P), np.random.default_rng(0), attempt)[0]
-    assert len(chosen) == 8 and set(chosen[:buffered].tolist()) <= set(state["buffer"])
+    state = {}
+    batch, _ = choose(sfl.sfl, settings(rho=rho), Simulator(P), state)
+    inside = [i in state["buffer"] for i in batch.questions]
+    assert all(inside[:buffered]) and len(inside) == 8
 
 
-def test_uniform_draws_every_question_alike():
-    rng = np.random.default_rng(0)
-    counts = np.bincount(np.concatenate([sfl.uniform(settings(), {}, i, 20, rng, None)[0] for i in range(2000)]), minlength=20)
-    assert counts.sum() == 16000 and abs(counts - 800).max() < 100
+def test_what_is_logged_of_a_scoring():
+    sample = Simulator(P)
+    _, logged = choose(sfl.sfl, settings(candidates=100), sample)
+    rewards = sample.calls[0].rewards
+    assert logged["pool"] == 100 and len(logged["pool_histogram"]) == 9
+    solved = [int((rewards.sum(1) == count).sum()) for count in range(9)]
+    assert logged["pool_histogram"] == solved and 60 <= solved[8] < 63
+    assert logged["pool_solved_by_all"] == pytest.approx(solved[8] / 100)
+    assert logged["pool_solved_by_none"] == pytest.approx(solved[0] / 100)
+    assert logged["pool_learnable"] == pytest.approx(sum(solved[1:8]) / 100)
 
 
-def test_lilo_trains_on_the_rollouts_that_showed_learnability_and_stops_when_full():
-    attempt, calls = simulator(np.full(100, 0.5))
-    chosen, (groups, rewards), logged = sfl.lilo(settings(), {}, 0, 100, np.random.default_rng(0), attempt)
-    assert len(calls) <= 2 and logged["pool"] == 8 * len(calls)  # nearly all learnable: the first chunks fill the batch
-    assert [g[0] for g in groups] == [f"{i}/0" for i in chosen] and rewards.shape == (8, 8)
+@pytest.mark.parametrize(
+    "p, budget",
+    [(P, 100), (np.full(100, 0.5), 40), (np.zeros(100), 40)],
+    ids="rare many no".split(),
+)
+def test_lilo_trains_on_the_most_learnable_it_drew(p, budget):
+    sample = Simulator(p)
+    batch, logged = choose(sfl.lilo, settings(max_candidates=budget), sample)
+    drawn = np.concatenate([call.questions for call in sample.calls])
+    assert len(drawn) == len(set(drawn.tolist())) == logged["pool"] <= budget
+    scores = np.concatenate([call.learnability() for call in sample.calls])
+    assert sorted(batch.learnability()) == pytest.approx(sorted(scores)[-8:])
+    assert logged["pool"] == budget  # all are drawn: 4 right of 8 come before 1 of 8
+    # the very responses that showed it, with their rewards
+    groups = {i: row for call in sample.calls for i, row in zip(call.questions, call.groups)}
+    rewards = {i: row for call in sample.calls for i, row in zip(call.questions, call.rewards)}
+    for row, i in enumerate(batch.questions):
+        assert batch.groups[row] == groups[i]
+        assert batch.rewards[row].tolist() == rewards[i].tolist()
 
-    attempt, calls = simulator(P)
-    chosen, (groups, rewards), logged = sfl.lilo(settings(max_candidates=100), {}, 0, 100, np.random.default_rng(0), attempt)
-    assert logged["pool"] > 40 and (sfl.variance(rewards) > 0).sum() == 8  # rare: the pool grew until there were 8
-    drawn = [i for indices, _ in calls for i in indices]
-    assert len(drawn) == len(set(drawn))
 
-    attempt, calls = simulator(np.zeros(100))
-    chosen, _, logged = sfl.lilo(settings(), {}, 0, 100, np.random.default_rng(0), attempt)
-    assert logged["pool"] == 40 and len(chosen) == 8  # none learnable: the budget ends it
+def test_lilo_stops_when_the_batch_is_full():
+    """Early stopping, not the paper's way; here nearly every question is learnable."""
+    sample = Simulator(np.full(100, 0.5))
+    choose(sfl.lilo, settings(stop_early=True), sample)
+    assert sum(len(call.questions) for call in sample.calls) <= 16
 
 
-@pytest.mark.parametrize("thompson", [False, True])
-def test_posterior_finds_the_frontier_without_scoring(thompson):
-    args, rng, hits = settings(rho=0.75, thompson=thompson), np.random.default_rng(0), []
+def test_dapo_takes_the_first_that_disagree():
+    sample = Simulator(P)
+    batch, logged = choose(sfl.dapo, settings(), sample)
+    drawn = np.concatenate([call.questions for call in sample.calls])
+    scores = np.concatenate([call.learnability() for call in sample.calls])
+    learnable = drawn[scores > 0]
+    assert batch.questions[: len(learnable)].tolist() == learnable[:8].tolist()
+    assert logged["pool"] == len(drawn) == 40 and len(learnable) < 8  # the budget ended it
+    sample = Simulator(np.full(100, 0.5))
+    batch, logged = choose(sfl.dapo, settings(), sample)
+    assert logged["pool"] in (8, 16) and (batch.learnability() > 0).all()
+
+
+def test_posterior_finds_the_frontier_without_scoring():
+    args, rng = settings(rho=0.75), np.random.default_rng(0)
     state = {"groups": ["easy"] * 60 + ["hard"] * 30 + ["between"] * 10}
-    play = simulator(P)[0]
+    sample, hits = Simulator(P), []
     for iteration in range(60):
-        chosen, at_hand, _ = sfl.posterior(args, state, iteration, len(P), rng, None)  # attempt=None: it may not score
-        assert at_hand is None and len(chosen) == 8 == len(set(chosen.tolist()))
-        sfl.remember(args, state, chosen, play(chosen, 8)[1], 6)
-        hits.append((chosen[:6] >= 90).mean())
+        batch, logged = choose(sfl.posterior, args, sample, state, iteration, rng)
+        assert len(sample.calls) == iteration + 1 and batch is sample.calls[-1]
+        assert 0 < logged["learnability_expected"] <= 0.25
+        hits.append((batch.questions[:6] >= 90).mean())
     assert hits[0] < 0.5 < 0.8 < np.mean(hits[20:])
-    json.dumps(state)  # goes into the checkpoint
+
+
+def test_posterior_learns_its_prior_without_the_bias_of_its_choice():
+    """Most questions are always solved; those that are not are chosen again and again."""
+    p = np.repeat([1.0, 0.5], [1400, 600])
+    args, rng = settings(rho=1.0, memory=1.0, questions=16), np.random.default_rng(0)
+    state, solved = {"groups": ["one"] * 2000}, []
+    for iteration in range(100):
+        batch, _ = choose(sfl.posterior, args, Simulator(p, iteration), state, iteration, rng)
+        solved.append(batch.rewards.mean())
+    total, successes, learnability = state["seen"][0]
+    assert successes / total == pytest.approx(p.mean(), abs=0.06)
+    assert learnability / total == pytest.approx((p * (1 - p)).mean(), abs=0.03)
+    assert abs(np.mean(solved) - p.mean()) > 0.1  # what a plain mean would have said
 
 
 def test_posterior_forgets_as_the_policy_moves():
@@ -148,74 +223,128 @@ def test_posterior_forgets_as_the_policy_moves():
     state, hits = {"groups": ["None"] * 100}, []
     for iteration in range(160):
         p = P if iteration < 80 else np.roll(P, 50)  # the frontier moves
-        chosen = sfl.posterior(args, state, iteration, 100, rng, None)[0]
-        sfl.remember(args, state, chosen, simulator(p, iteration)[0](chosen, 8)[1], 6)
-        hits.append((p[chosen[:6]] == 0.5).mean())
+        batch, _ = choose(sfl.posterior, args, Simulator(p, iteration), state, iteration, rng)
+        hits.append((p[batch.questions[:6]] == 0.5).mean())
     assert np.mean(hits[60:80]) > 0.7 and np.mean(hits[140:]) > 0.7
 
 
-# ---------------------------------------------------------------- the whole job
+# --------------------------------------------------------------------------- the whole job
 
-
-FAST = ["--iterations", "4", "--questions", "4", "--rollouts", "4", "--candidates", "8", "--buffer_size", "4", "--score_rollouts", "2",
-        "--max_candidates", "8", "--refresh_every", "2", "--eval_limit", "12", "--eval_every", "2", "--save_every", "2", "--max_new_tokens", "24",
-        "--minibatch", "8", "--mc_rollouts", "2", "--device", "cpu"]
+FAST = """--curriculum sfl --iterations 4 --questions 4 --rollouts 4 --candidates 8 --buffer_size 4
+--score_rollouts 2 --max_candidates 8 --refresh_every 2 --eval_limit 12 --eval_every 2
+--save_every 2 --max_new_tokens 24 --minibatch 8 --mc_rollouts 2 --device cpu""".split()
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    """A tiny arithmetic model that knows the format and guesses the answers."""
-    torch.set_num_threads(1)
-    tokenizer = sft.tiny_tokenizer()
+def base(tokenizer, tmp_path_factory):
+    """The folder of a tiny arithmetic model that knows the format and guesses the answers."""
     model, rng = sft.tiny_model(tokenizer, 0), np.random.default_rng(0)
-    questions = evaluation.arithmetic(300, 1, {1: 1, 2: 1})
+    questions = data.arithmetic(300, 1, {1: 1, 2: 1})
     batch = sft.demonstrations(tokenizer, questions, [f"#### {q.answer}" for q in questions])
     sft.train(model, lambda: [batch[i] for i in rng.choice(300, 64)], steps=60, lr=3e-3)
     folder = tmp_path_factory.mktemp("base") / "model"
-    sft.save(model, tokenizer, folder)
+    data.save_model(model, tokenizer, folder)
     return str(folder)
 
 
 def run(base, out, *flags):
     sfl.main(["--model", base, "--out", str(out), *FAST, *flags])
-    return [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
+    return read_rows(out / "metrics.jsonl")
 
 
-@pytest.mark.parametrize("algo, curriculum", [("ppo", "sfl"), ("vineppo", "uniform"), ("grpo", "lilo"), ("rloo", "posterior")])
-def test_the_whole_job(base, tmp_path, capsys, algo, curriculum):
-    rows = run(base, tmp_path / "run", "--algo", algo, "--curriculum", curriculum)
-    assert [row["iteration"] for row in rows] == [1, 2, 3, 4]
-    for row in rows:
-        assert {"reward_mean", "solved_by_all", "solved_by_none", "learnable", "response_length", "clip_fraction", "tokens_generated",
-                "tokens_scored", "seconds_score", "seconds_rollout", "seconds_update"} <= set(row) | (
-                    {"clip_fraction"} if row["optimizer_steps"] == 0 else set())
-        assert row["solved_by_all"] + row["solved_by_none"] + row["learnable"] == pytest.approx(1)
-        assert row["tokens_generated"] > 0
-        assert ("value_loss" in row) == (algo == "ppo") and ("tokens_credit" in row) == (algo == "vineppo")
-    assert ["eval_accuracy" in row for row in rows] == [False, True, False, True]
-    scored = [row["tokens_scored"] > 0 for row in rows]
-    assert scored == dict(sfl=[True, False, True, False], uniform=[False] * 4, posterior=[False] * 4).get(curriculum, scored)
-    if curriculum == "lilo":
-        assert all((row["tokens_scored"] > 0) == (row["pool"] > 4) for row in rows)
-    printed = capsys.readouterr().out
-    assert "held-out accuracy" in printed and "level 1" in printed and str(tmp_path / "run" / "model") in printed
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "run" / "model")
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model")
-    assert evaluation.stop_ids(model, tokenizer) == [tokenizer.eos_token_id]
-    moved = AutoModelForCausalLM.from_pretrained(base).state_dict()
-    if any(row["optimizer_steps"] for row in rows):
-        assert any(not torch.equal(w, moved[name]) for name, w in model.state_dict().items())
-    assert (tmp_path / "run" / "state" / "critic.safetensors").exists() == (algo == "ppo")
-    assert not list((tmp_path / "run").glob("*.tmp")) and not list((tmp_path / "run").glob("*.old"))
+def resume(out, *flags):
+    sfl.main(["--resume", str(out), *flags])
+    return read_rows(out / "metrics.jsonl")
 
 
-def test_epochs_kl_and_gradient_checkpointing(base, tmp_path):
-    rows = run(base, tmp_path / "run", "--algo", "ppo", "--kl_coef", "0.1", "--epochs", "2", "--gradient_checkpointing")
-    assert rows[0]["optimizer_steps"] == 4 and rows[0]["kl"] >= 0 and rows[-1]["kl"] > 0
+def weights(folder):
+    return AutoModelForCausalLM.from_pretrained(folder).state_dict()
 
 
 def checkpoint(out):
-    return json.loads(torch.load(out / "state" / "training.pt", weights_only=True)["loop"])["iteration"]
+    return torch.load(out / "state" / "training.pt", weights_only=True)
+
+
+def saved_iteration(out):
+    return json.loads(checkpoint(out)["loop"])["iteration"]
+
+
+def interrupt(patch, module, name, call):
+    """Ctrl-C, the `call`-th time that the function is called."""
+    function, calls = getattr(module, name), itertools.count(1)
+
+    def wrapped(*arguments, **settings):
+        if next(calls) == call:
+            raise KeyboardInterrupt
+        return function(*arguments, **settings)
+
+    patch.setattr(module, name, wrapped)
+
+
+KEYS = """iteration reward_mean solved_by_all solved_by_none learnable response_length
+tokens_generated tokens_scored seconds_score seconds_rollout seconds_credit
+seconds_update""".split()
+
+
+@pytest.mark.parametrize(
+    "algo, curriculum",
+    [("ppo", "sfl"), ("vineppo", "uniform"), ("grpo", "lilo"), ("rloo", "posterior")],
+)
+def test_the_whole_job(base, tmp_path, capsys, algo, curriculum):
+    out = tmp_path / "run"
+    rows = run(base, out, "--algo", algo, "--curriculum", curriculum)
+    assert [row["iteration"] for row in rows] == [1, 2, 3, 4]
+    for row in rows:
+        assert set(KEYS) <= set(row) and row["tokens_generated"] > 0
+        assert ("clip_fraction" in row) == (row["optimizer_steps"] > 0)
+        shares = row["solved_by_all"] + row["solved_by_none"] + row["learnable"]
+        assert shares == pytest.approx(1)
+        assert ("value_loss" in row) == (algo == "ppo")
+        assert ("tokens_credit" in row) == (algo == "vineppo")
+    assert ["eval_accuracy" in row for row in rows] == [False, True, False, True]
+    scored = [row["tokens_scored"] > 0 for row in rows]
+    if curriculum == "lilo":
+        assert scored == [row["pool"] > 4 for row in rows]
+    else:
+        assert scored == [curriculum == "sfl" and i % 2 == 0 for i in range(4)]
+    printed = capsys.readouterr().out
+    assert "before" in printed and "after" in printed and str(out / "model") in printed
+
+    model, tokenizer = data.load_model(out)
+    assert data.stop_ids(model, tokenizer) == [tokenizer.eos_token_id]
+    start = weights(base)
+    changed = any(not torch.equal(start[name], x) for name, x in model.state_dict().items())
+    assert changed == any(row["optimizer_steps"] for row in rows)
+    assert (checkpoint(out)["critic"] is not None) == (algo == "ppo")
+    assert not [path for path in out.rglob("*") if path.suffix in (".tmp", ".old")]
+    both = json.loads((out / "evaluation.json").read_text())
+    assert both["after"]["greedy"]["accuracy"] == rows[-1]["eval_accuracy"]
+    assert both["before"]["sampled"]["samples"] == 8
+    spent = evaluation.read_run(out)[-1]["tokens"]  # what eval.py --plot draws
+    columns = ("tokens_generated", "tokens_scored", "tokens_credit")
+    assert spent == sum(row.get(column, 0) for row in rows for column in columns)
+
+
+def test_every_call_has_random_numbers_of_its_own(base, tmp_path, monkeypatch):
+    seeds, generate = [], sfl.generate
+
+    def watched(*arguments, seed, **settings):
+        seeds.append(seed)
+        return generate(*arguments, seed=seed, **settings)
+
+    monkeypatch.setattr(sfl, "generate", watched)
+    monkeypatch.setattr(sfl.vineppo.rollout, "generate", watched)
+    run(base, tmp_path / "run", "--algo", "vineppo")
+    assert len(seeds) == len(set(seeds)) == 4 + 2 + 4  # rollouts, scorings, credit
+
+
+def test_epochs_kl_and_gradient_checkpointing(base, tmp_path):
+    flags = "--algo ppo --kl_coef 0.1 --epochs 2 --gradient_checkpointing".split()
+    rows = run(base, tmp_path / "run", *flags)
+    assert rows[0]["optimizer_steps"] == 4 and rows[0]["kl"] >= 0 and rows[-1]["kl"] > 0
+
+
+# --------------------------------------------------------------------------- checkpoints
 
 
 def without_clocks(rows):
@@ -226,169 +355,248 @@ def without_clocks(rows):
 def test_resume_is_exact(base, tmp_path, algo, curriculum):
     flags = ["--algo", algo, "--curriculum", curriculum, "--warmup", "0.5"]
     straight = run(base, tmp_path / "a", *flags)
-    with pytest.MonkeyPatch.context() as patch:  # the run dies in iteration 4, after the checkpoint of iteration 2
-        update, calls = sfl.ppo.update, itertools.count(1)
-        patch.setattr(sfl.ppo, "update", lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt) if next(calls) == 4 else update(*a, **k))
+    with pytest.MonkeyPatch.context() as patch:  # after the checkpoint of iteration 2
+        interrupt(patch, sfl.ppo, "update", call=4)
         with pytest.raises(SystemExit) as end:
             run(base, tmp_path / "b", *flags)
     assert end.value.code == 130
-    assert len((tmp_path / "b" / "metrics.jsonl").read_text().splitlines()) == 3
-    AutoModelForCausalLM.from_pretrained(tmp_path / "b" / "model")
-    sfl.main(["--resume", str(tmp_path / "b")])
-    resumed = [json.loads(line) for line in (tmp_path / "b" / "metrics.jsonl").read_text().splitlines()]
-    assert without_clocks(resumed) == without_clocks(straight)
-    a, b = (AutoModelForCausalLM.from_pretrained(tmp_path / x / "model").state_dict() for x in "ab")
+    assert len(read_rows(tmp_path / "b" / "metrics.jsonl")) == 3
+    assert saved_iteration(tmp_path / "b") == 2
+    weights(tmp_path / "b" / "model")  # a whole model
+    assert without_clocks(resume(tmp_path / "b")) == without_clocks(straight)
+    a, b = (weights(tmp_path / name / "model") for name in "ab")
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 
 def test_an_interrupted_save_leaves_the_previous_checkpoint(base, tmp_path):
-    with pytest.MonkeyPatch.context() as patch:
-        save, calls = sfl.torch.save, itertools.count(1)
-        patch.setattr(sfl.torch, "save", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt) if next(calls) == 3 else save(*a))
+    with pytest.MonkeyPatch.context() as patch:  # saves: before training, at 2 and at 4
+        interrupt(patch, sfl.torch, "save", call=3)
         with pytest.raises(SystemExit):
-            run(base, tmp_path / "b")  # saves at iterations 0, 2 and 4: the last one breaks off
-    assert checkpoint(tmp_path / "b") == 2
-    sfl.main(["--resume", str(tmp_path / "b")])
-    assert len((tmp_path / "b" / "metrics.jsonl").read_text().splitlines()) == 4
+            run(base, tmp_path / "run")
+    assert saved_iteration(tmp_path / "run") == 2
+    assert len(resume(tmp_path / "run")) == 4
 
 
-def test_report_draws_and_prints(base, tmp_path, capsys):
-    run(base, tmp_path / "one", "--curriculum", "uniform")
-    run(base, tmp_path / "two", "--curriculum", "posterior")
-    sfl.main(["--report", str(tmp_path / "one"), str(tmp_path / "two"), "--out", str(tmp_path / "r.png")])
-    assert (tmp_path / "r.png").read_bytes()[:4] == b"\x89PNG"
-    assert "one" in (printed := capsys.readouterr().out) and "last tenth" in printed
-    with pytest.raises(ValueError, match="metrics.jsonl"):
-        sfl.main(["--report", str(tmp_path)])
-
-
-# ---------------------------------------------------------------- a pretrained-style model, a BPE tokenizer, GSM8K's files
-
-
-@pytest.fixture(scope="module")
-def gsm8k_like(tmp_path_factory):
-    """A folder of train.jsonl and test.jsonl in GSM8K's format, and a small model with a byte-level BPE trained on it."""
-    folder = tmp_path_factory.mktemp("gsm8k")
-    rows = [dict(question=f"Tom has {a} apples and buys {b} more. How many apples does he have?",
-                 answer=f"Tom has {a} + {b} = <<{a}+{b}={a + b}>>{a + b} apples.\n#### {a + b}") for a in range(2, 14) for b in range(2, 7)]
-    (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:40]))
-    (folder / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[40:]))
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    bpe.train_from_iterator([row["question"] + row["answer"] for row in rows],
-                            trainers.BpeTrainer(vocab_size=400, special_tokens=["<eos>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<eos>")
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2,
-                                         num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=512, eos_token_id=0))
-    sft.save(model, tokenizer, folder / "model")
-    return folder
-
-
-@pytest.mark.parametrize("template", [None, "{% for m in messages %}[{{ m.content }}]{% endfor %}{% if add_generation_prompt %}>{% endif %}"])
-def test_gsm8k_files_with_a_bpe_model(gsm8k_like, tmp_path, template):
-    model = gsm8k_like / "model"
-    if template:
-        tokenizer = AutoTokenizer.from_pretrained(model)
-        tokenizer.chat_template = template
-        model = tmp_path / "chat"
-        sft.save(AutoModelForCausalLM.from_pretrained(gsm8k_like / "model"), tokenizer, model)
-    seen, generate = [], sfl.generate
+def test_a_kill_during_the_first_save_starts_anew(base, tmp_path):
+    straight = run(base, tmp_path / "a")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sfl, "generate", lambda m, prompts, **k: seen.extend(prompts) or generate(m, prompts, **k))
-        run(str(model), tmp_path / "run", "--dataset", "gsm8k", "--data-dir", str(gsm8k_like), "--context", "512", "--temperature", "0.6",
-            "--top_p", "0.9", "--iterations", "2")
-    text = AutoTokenizer.from_pretrained(tmp_path / "run" / "model").decode(seen[0])
-    assert text.startswith("[Tom has") and text.endswith("]>") if template else text.startswith("[MATH_TASK] Problem:\nTom has")
+        interrupt(patch, sfl.torch, "save", call=1)
+        with pytest.raises(SystemExit):
+            run(base, tmp_path / "b")
+    assert not (tmp_path / "b" / "state" / "training.pt").exists()
+    assert without_clocks(resume(tmp_path / "b")) == without_clocks(straight)
 
 
-# ---------------------------------------------------------------- bad input: one line, exit code 2, nothing touched
+@pytest.mark.parametrize("name", ["config.json", "evaluation.json", "metrics.jsonl"])
+def test_a_kill_while_a_file_is_written_leaves_the_old_one(base, tmp_path, name):
+    """Half of it is there, then nothing more happens: of whichever write."""
+    out = tmp_path / "run"
+    run(base, out, "--iterations", "2")
+    old = (out / name).read_text()
+    write_text = Path.write_text
+
+    def half(path, text, *arguments, **settings):
+        if path.stem == Path(name).stem:
+            write_text(path, text[: len(text) // 2])
+            raise KeyboardInterrupt
+        return write_text(path, text, *arguments, **settings)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Path, "write_text", half)
+        with pytest.raises(SystemExit):
+            resume(out, "--iterations", "4")
+    if name != "evaluation.json":  # which comes last: the run has gone on
+        assert (out / name).read_text() == old
+    assert [row["iteration"] for row in resume(out, "--iterations", "4")] == [1, 2, 3, 4]
+    json.loads((out / "evaluation.json").read_text())["after"]
 
 
-@pytest.mark.parametrize("flags, line", [
-    (["--dataset", "gsm9k"], "gsm9k"),
-    (["--algo", "dqn"], "dqn"),
-    (["--no_such_flag"], "no_such_flag"),
-    (["--rho", "1.5"], r"--rho 1.5 must be in \[0, 1\]"),
-    (["--rho", "-0.1"], "--rho"),
-    (["--rho", "nan"], "--rho"),
-    (["--lr", "fast"], "fast"),
-    (["--iterations", "0"], "--iterations 0 must be at least 1"),
-    (["--questions", "5000", "--candidates", "9"], "--questions 5000 is more than the"),
-    (["--candidates", "5000"], "--candidates 5000 is more than the"),
-    (["--buffer_size", "9"], "--buffer_size 9 is more than --candidates 8"),
-    (["--buffer_size", "1"], "more than --buffer_size 1"),
-    (["--curriculum", "lilo", "--max_candidates", "3"], "--max_candidates 3"),
-    (["--algo", "grpo", "--rollouts", "1"], "--rollouts 1"),
-    (["--max_new_tokens", "255"], "passes the context of 256"),
-    (["--temperature", "0"], "--temperature"),
-    (["--data-dir", "x"], "gsm8k"),
-    (["--eval_limit", "100000"], "100000"),
-    (["--device", "cuda:99"], "cuda:99"),
-])
-def test_bad_flags(base, tmp_path, flags, line):
-    with pytest.raises(ValueError, match=line) as error:
-        sfl.main(["--model", base, "--out", str(tmp_path / "run"), *FAST, *flags])
-    assert "\n" not in str(error.value) and not (tmp_path / "run").exists()
+def test_config_says_how_many_iterations_a_resumed_run_has(base, tmp_path):
+    run(base, tmp_path / "run", "--iterations", "2")
+    resume(tmp_path / "run", "--iterations", "3", "--save_every", "1")
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert (config["iterations"], config["save_every"]) == (3, 1)
 
 
-def test_bad_models_and_data(base, tmp_path, monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with pytest.raises(ValueError, match="nobody/nothing.*--model"):
-        sfl.main(["--model", "nobody/nothing", "--out", str(tmp_path / "run"), *FAST])
-    with pytest.raises(ValueError, match="--model tiny knows only arithmetic"):
-        sfl.main(["--dataset", "gsm8k", "--model", "tiny"])
-    (tmp_path / "train.jsonl").write_text('{"question": "1+1?", "answer": "2"}\nnot json\n')
-    with pytest.raises(ValueError, match=r"train.jsonl.*2"):
-        sfl.main(["--dataset", str(tmp_path), "--model", base, "--out", str(tmp_path / "run"), *FAST])
-    tokenizer = AutoTokenizer.from_pretrained(base)
-    tokenizer.eos_token = None
-    model = AutoModelForCausalLM.from_pretrained(base)
-    model.generation_config.eos_token_id = model.config.eos_token_id = None
-    sft.save(model, tokenizer, tmp_path / "endless")
-    with pytest.raises(ValueError, match="stop token"):
-        sfl.main(["--model", str(tmp_path / "endless"), "--out", str(tmp_path / "run"), *FAST])
-    assert not (tmp_path / "run").exists()
+def test_checkpoints_of_a_tokenizer_with_several_chat_templates(base, tmp_path):
+    """These lie in a folder of their own."""
+    model, tokenizer = data.load_model(base)
+    tokenizer.chat_template = {"default": CHAT, "tools": CHAT + "!"}
+    data.save_model(model, tokenizer, tmp_path / "model")
+    run(str(tmp_path / "model"), tmp_path / "run", "--chat", "off")  # three checkpoints
+    saved = AutoTokenizer.from_pretrained(tmp_path / "run" / "model")
+    assert saved.chat_template == tokenizer.chat_template
 
 
 def test_a_folder_with_a_run_is_refused_and_resume_keeps_its_settings(base, tmp_path):
-    run(base, tmp_path / "run", "--iterations", "2")
-    before = (tmp_path / "run" / "metrics.jsonl").read_text()
+    out = tmp_path / "run"
+    run(base, out, "--iterations", "2")
+    before = (out / "metrics.jsonl").read_text()
     with pytest.raises(ValueError, match="--resume.*--out"):
-        run(base, tmp_path / "run")
+        run(base, out)
     with pytest.raises(ValueError, match="--lr 0.5 cannot change on --resume"):
-        sfl.main(["--resume", str(tmp_path / "run"), "--lr", "0.5"])
+        resume(out, "--lr", "0.5")
     with pytest.raises(ValueError, match="no run there"):
-        sfl.main(["--resume", str(tmp_path / "nowhere")])
-    assert (tmp_path / "run" / "metrics.jsonl").read_text() == before
-    sfl.main(["--resume", str(tmp_path / "run"), "--iterations", "3"])
-    assert (tmp_path / "run" / "metrics.jsonl").read_text().startswith(before)
-    assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 3
+        resume(tmp_path / "nowhere")
+    assert (out / "metrics.jsonl").read_text() == before
+    assert len(resume(out, "--iterations", "3")) == 3
+    assert (out / "metrics.jsonl").read_text().startswith(before)
+
+
+# --------------------------------------------------------------------------- other models and data
+
+
+@pytest.fixture(scope="module")
+def gsm8k_like(bpe, tmp_path_factory):
+    """A folder of train.jsonl and test.jsonl in GSM8K's format, and of a model with a byte-level
+    BPE."""
+    folder, rows = tmp_path_factory.mktemp("gsm8k"), []
+    for a, b in itertools.product(range(2, 14), range(2, 7)):
+        question = f"Tom has {a} apples and buys {b} more. How many apples does he have?"
+        solution = f"Tom has {a} + {b} = <<{a}+{b}={a + b}>>{a + b} apples.\n#### {a + b}"
+        rows.append({"question": question, "answer": solution})
+    write_rows(folder / "train.jsonl", rows[:40])
+    write_rows(folder / "test.jsonl", rows[40:])
+    model = small_llama(len(bpe), max_position_embeddings=512, eos_token_id=0)
+    data.save_model(model, bpe, folder / "model")
+    return folder
+
+
+CHAT = "{% for m in messages %}[{{ m.content }}]{% endfor %}"
+CHAT += "{% if add_generation_prompt %}>{% endif %}"
+
+
+@pytest.mark.parametrize(
+    "template, start, end",
+    [(None, "[MATH_TASK] Problem:\nTom has", "Solution:"), (CHAT, "[Tom has", "]>")],
+)
+def test_gsm8k_files_with_a_bpe_model(gsm8k_like, tmp_path, monkeypatch, template, start, end):
+    model, tokenizer = data.load_model(gsm8k_like / "model")
+    tokenizer.chat_template = template
+    data.save_model(model, tokenizer, tmp_path / "model")
+    prompts, generate = [], sfl.generate
+
+    def watched(model, some, **settings):
+        prompts.extend(some)
+        return generate(model, some, **settings)
+
+    monkeypatch.setattr(sfl, "generate", watched)
+    flags = "--dataset gsm8k --context 512 --temperature 0.6 --top_p 0.9 --iterations 2".split()
+    flags += ["--data-dir", str(gsm8k_like)]
+    run(str(tmp_path / "model"), tmp_path / "run", *flags)
+    text = AutoTokenizer.from_pretrained(tmp_path / "run" / "model").decode(prompts[0])
+    assert text.startswith(start) and text.endswith(end)
 
 
 def test_skip_long_leaves_long_questions_out(base, tmp_path, capsys):
-    rows = [dict(question="1+1" * (60 if i == 3 else 1), answer="2") for i in range(12)]
-    for name in ("train", "test"):
-        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    rows = [{"question": "1+1" * (60 if i == 3 else 1), "answer": "2"} for i in range(12)]
+    for split in ("train", "test"):
+        write_rows(tmp_path / f"{split}.jsonl", rows)
     flags = ["--dataset", str(tmp_path), "--context", "150", "--temperature", "1.0"]
     with pytest.raises(ValueError, match=r"training question 3 is .*--skip_long"):
         run(base, tmp_path / "run", *flags)
-    run(base, tmp_path / "run", *flags, "--skip_long", "--eval_limit", "5", "--iterations", "1")
+    flags += ["--skip_long", "--eval_limit", "5", "--iterations", "1"]
+    run(base, tmp_path / "run", *flags)
     assert "left out 1 of 12 training questions" in capsys.readouterr().err
 
 
-def test_as_a_program(base, tmp_path):
-    """The exit codes and the streams, which only a process has."""
-    bad = subprocess.run([sys.executable, "sfl.py", "--rho", "7"], cwd=ROOT, capture_output=True, text=True)
-    assert bad.returncode == 2 and bad.stderr == "sfl.py: --rho 7.0 must be in [0, 1]\n" and bad.stdout == ""
-    flags = [*FAST, "--iterations", "100000", "--eval_every", "100000", "--save_every", "1", "--model", base, "--out", str(tmp_path / "run")]
-    job = subprocess.Popen([sys.executable, "sfl.py", *flags], cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
-    metrics = tmp_path / "run" / "metrics.jsonl"
+# --------------------------------------------------------------------------- the command line
+
+
+@pytest.mark.parametrize("dataset, column", [("arithmetic", 0), ("gsm8k", 1)])
+def test_defaults_follow_the_data_set(dataset, column):
+    args = sfl.parse(["--dataset", dataset])
+    for name, row in data.read_settings(sfl.SETTINGS).items():
+        if name not in ("dataset", "out"):
+            assert getattr(args, name) == row[column], name
+    assert sfl.parse(["--dataset", dataset, "--lr", "0.5"]).lr == 0.5
+
+
+@pytest.mark.parametrize("name", sfl.PRESETS)
+def test_presets_are_the_papers_settings(name):
+    args = sfl.parse(["--preset", name, "--algo", "vineppo"])
+    assert args.algo == "vineppo"  # what is given has the last word
+    papers = {"questions": 64, "rollouts": 8, "lr": 1e-6, "epochs": 2, "minibatch": 64, "rho": 0.5}
+    papers |= {"temperature": 0.6, "top_p": 0.9, "max_new_tokens": 1024, "kl_coef": 1e-4}
+    papers |= {"max_candidates": 256, "lr_schedule": "linear", "clip": 0.2, "score_rollouts": 8}
+    assert {key: getattr(args, key) for key in papers} == papers
+    refresh = (10, 256, 64) if "fast" in name else (50, 1280, 256)
+    assert (args.refresh_every, args.candidates, args.buffer_size) == refresh
+    assert args.dataset == name.rpartition("-")[2] and args.curriculum in name or "orz" in name
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        ("--preset ppo", "--preset ppo: choose from uniform-gsm8k, "),
+        ("--dataset gsm9k", "gsm9k"),
+        ("--algo dqn", "dqn"),
+        ("--no_such_flag", "no_such_flag"),
+        ("--rho 1.5", r"--rho 1.5 must be in \[0, 1\]"),
+        ("--rho -0.1", "--rho"),
+        ("--rho nan", "--rho"),
+        ("--lr fast", "fast"),
+        ("--iterations 0", "--iterations 0 must be at least 1"),
+        ("--curriculum uniform --questions 5000", "--questions 5000 is more than the"),
+        ("--candidates 5000", "--candidates 5000 is more than the"),
+        ("--buffer_size 9", "--buffer_size 9 is more than --candidates 8"),
+        ("--buffer_size 1", "more than --buffer_size 1"),
+        ("--curriculum lilo --max_candidates 3", "--max_candidates 3"),
+        ("--algo grpo --rollouts 1", "--rollouts 1"),
+        ("--max_new_tokens 255", "passes the context of 256"),
+        ("--temperature 0", "--temperature"),
+        ("--data-dir x", "--data-dir x is for data sets with a name"),
+        ("--eval_limit 100000", "cannot take 100000 questions"),
+        ("--device cuda:99", "cuda:99"),
+        ("--engine vllm", "--engine vllm: choose from slots, hf"),
+        ("--dtype int8", "--dtype int8"),
+        ("--model nobody/nothing", "nobody/nothing.*--model"),
+        ("--model tiny --dataset gsm8k", "--model tiny knows only arithmetic"),
+        ("--dataset math500", "math500 has no questions to train on"),
+    ],
+)
+def test_bad_flags(base, tmp_path, flags, message):
+    with pytest.raises(ValueError, match=message) as error:
+        run(base, tmp_path / "run", *flags.split())
+    assert "\n" not in str(error.value) and not (tmp_path / "run").exists()
+
+
+def test_bad_data(base, tmp_path):
+    write_rows(tmp_path / "train.jsonl", [{"question": "1+1?", "answer": "2"}, "not json"])
+    with pytest.raises(ValueError, match=r"train.jsonl, line 2"):
+        run(base, tmp_path / "run", "--dataset", str(tmp_path))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_model_that_cannot_stop(base, tmp_path):
+    model, tokenizer = data.load_model(base)
+    tokenizer.eos_token = None
+    model.generation_config.eos_token_id = model.config.eos_token_id = None
+    data.save_model(model, tokenizer, tmp_path / "endless")
+    with pytest.raises(ValueError, match="stop token"):
+        run(str(tmp_path / "endless"), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_bad_flag_of_the_program():
+    """The exit code and the streams, which only a process has."""
+    command = [sys.executable, "sfl.py", "--rho", "7"]
+    bad = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert bad.returncode == 2 and bad.stdout == ""
+    assert bad.stderr == "sfl.py: --rho 7.0 must be in [0, 1]\n"
+
+
+def test_ctrl_c_of_the_program(base, tmp_path):
+    out = tmp_path / "run"
+    flags = "--iterations 100000 --eval_every 100000 --save_every 1".split()
+    command = [sys.executable, "sfl.py", *FAST, *flags, "--model", base, "--out", str(out)]
+    pipes = {"stderr": subprocess.PIPE, "stdout": subprocess.DEVNULL, "text": True}
+    job = subprocess.Popen(command, cwd=ROOT, **pipes)
+    metrics = Path(out, "metrics.jsonl")
     while job.poll() is None and not (metrics.exists() and metrics.read_text().count("\n") >= 2):
-        pass
+        time.sleep(0.05)
     job.send_signal(signal.SIGINT)
     errors = job.communicate()[1]
     assert job.returncode == 130 and "--resume" in errors and "Traceback" not in errors
-    assert all(json.loads(line) for line in metrics.read_text().splitlines())
-    AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model")
-    assert checkpoint(tmp_path / "run") >= 1
+    assert len(read_rows(metrics)) >= 2 and saved_iteration(out) >= 1
+    weights(out / "model")

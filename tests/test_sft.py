@@ -1,27 +1,32 @@
-"""sft.py: next-token prediction learns what it is shown, and the tiny base model is what it says it is."""
+"""Next-token prediction learns what it is shown; the tiny base model is what it says it is."""
 
-import json
+import re
 
 import numpy as np
 import pytest
 import torch
+from conftest import write_rows
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import eval as evaluation
+import data
+import ppo
 import sft
+from eval import evaluate
 
 
-@pytest.fixture(scope="module")
-def tokenizer():
-    torch.set_num_threads(1)
-    return sft.tiny_tokenizer()
+def demonstrated(tokenizer, count, levels):
+    questions = data.arithmetic(count, 0, levels)
+    batch = sft.demonstrations(tokenizer, questions, [q.solution for q in questions])
+    return questions, batch
 
 
 def test_tiny_tokenizer_is_lossless_with_one_token_a_number(tokenizer):
     text = "37+5-8\n37+5=42\n42-8=34\n#### 34"
+    pieces = "37 + 5 - 8 \n 37 + 5 = 42 \n 42 - 8 = 34 \n #### 34".split(" ")
     ids = tokenizer(text).input_ids
-    assert tokenizer.decode(ids) == text and len(ids) == len("37 + 5 - 8 \n 37 + 5 = 42 \n 42 - 8 = 34 \n #### 34".split(" "))
-    assert len({tuple(tokenizer(str(i)).input_ids) for i in range(evaluation.MODULUS)}) == evaluation.MODULUS
+    assert tokenizer.decode(ids) == text and len(ids) == len(pieces)
+    numbers = {tuple(tokenizer(str(i)).input_ids) for i in range(data.MODULUS)}
+    assert len(numbers) == data.MODULUS and {len(ids) for ids in numbers} == {1}
 
 
 def test_tiny_model_is_small_and_seeded(tokenizer):
@@ -32,88 +37,126 @@ def test_tiny_model_is_small_and_seeded(tokenizer):
 
 
 def test_demonstrations_end_with_the_stop_token_and_join_as_ids(tokenizer):
-    question = evaluation.arithmetic(1, 0, {3: 1})[0]
-    [demonstration] = sft.demonstrations(tokenizer, [question], [question.solution])
-    assert demonstration.prompt == evaluation.encode_prompts(tokenizer, [question])[0]
+    [question], [demonstration] = demonstrated(tokenizer, 1, {3: 1})
+    assert demonstration.prompt == data.encode_prompts(tokenizer, [question])[0]
     assert demonstration.response[-1] == tokenizer.eos_token_id
-    assert evaluation.decode_response(tokenizer, demonstration) == question.solution
-    assert evaluation.grade(question.solution, question) == 1.0
+    assert data.decode_response(tokenizer, demonstration) == question.solution
 
 
-def test_the_loss_is_the_mean_over_response_tokens_however_it_is_cut(tokenizer):
-    """Against torch's own cross entropy, one demonstration at a time, with and without micro-batches."""
-    questions = evaluation.arithmetic(6, 0, {1: 1, 4: 1})
-    batch = sft.demonstrations(tokenizer, questions, [q.solution for q in questions])
-    reference, total, count = sft.tiny_model(tokenizer, 0), 0.0, 0
+@pytest.mark.parametrize("budget", [8192, 40])  # one micro-batch, several
+def test_the_loss_is_the_mean_over_response_tokens_however_it_is_cut(tokenizer, budget):
+    """Against torch's own cross entropy, one demonstration at a time."""
+    _, batch = demonstrated(tokenizer, 6, {1: 1, 4: 1})
+    model, total, count = sft.tiny_model(tokenizer, 0), 0.0, 0
     for r in batch:
-        logits = reference(torch.tensor([r.prompt + r.response])).logits[0, len(r.prompt) - 1 : -1]
-        total = total + torch.nn.functional.cross_entropy(logits, torch.tensor(r.response), reduction="sum")
+        logits = model(torch.tensor([r.prompt + r.response])).logits[0, len(r.prompt) - 1 : -1]
+        target = torch.tensor(r.response)
+        total += torch.nn.functional.cross_entropy(logits, target, reduction="sum").item()
         count += len(r.response)
-    for budget in (8192, 40):
-        model = sft.tiny_model(tokenizer, 0)
-        losses = sft.train(model, lambda: batch, steps=1, lr=0.0, tokens_per_microbatch=budget)
-        assert losses[0] == pytest.approx((total / count).item(), rel=1e-5)
+    settings = ppo.Settings(tokens_per_microbatch=budget)
+    losses = sft.train(model, lambda: batch, steps=1, lr=0.0, settings=settings)
+    assert losses == [pytest.approx(total / count, rel=1e-5)]
 
 
-def test_training_learns_and_a_nan_is_one_clear_line(tokenizer):
-    questions = evaluation.arithmetic(24, 0, {1: 1})
-    batch = sft.demonstrations(tokenizer, questions, [q.solution for q in questions])
+def test_training_learns(tokenizer):
+    questions, batch = demonstrated(tokenizer, 24, {1: 1})
     model = sft.tiny_model(tokenizer, 0)
     losses = sft.train(model, lambda: batch, steps=120, lr=5e-3)
     assert losses[-1] < 0.2 * losses[0] and not model.training
-    assert evaluation.evaluate(model, tokenizer, questions, max_new_tokens=16)["accuracy"] > 0.9  # learned by heart
+    accuracy = evaluate(model, tokenizer, questions, max_new_tokens=16)["accuracy"]
+    assert accuracy > 0.9  # learned by heart
+
+
+def test_a_nan_is_one_clear_line(tokenizer):
+    _, batch = demonstrated(tokenizer, 2, {1: 1})
+    model = sft.tiny_model(tokenizer, 0)
     with torch.no_grad():
         model.lm_head.weight.fill_(float("nan"))
     with pytest.raises(ValueError, match="loss is nan.*--lr"):
         sft.train(model, lambda: batch, steps=1, lr=1e-3)
 
 
+# --------------------------------------------------------------------------- the tiny base model
+
+
 def test_tiny_base_is_cached_by_its_settings(tmp_path, monkeypatch):
-    monkeypatch.setattr(sft, "TINY", sft.TINY | dict(worked_steps=3, terse_steps=2))
+    short = {"stages": [[2, 1e-3, {1: 1}], [1, 1e-3, {2: 1}]], "questions": 100}
+    monkeypatch.setattr(sft, "TINY", sft.TINY | short)
     folder = sft.tiny_base(tmp_path, progress=False)
-    assert AutoTokenizer.from_pretrained(folder)("1+1").input_ids and AutoModelForCausalLM.from_pretrained(folder)
+    AutoModelForCausalLM.from_pretrained(folder)
+    assert AutoTokenizer.from_pretrained(folder)("1+1").input_ids
     with monkeypatch.context() as patch:
         patch.setattr(sft, "train", None)  # a second call trains nothing
         assert sft.tiny_base(tmp_path) == folder
-    monkeypatch.setattr(sft, "TINY", sft.TINY | dict(seed=7))
+    monkeypatch.setattr(sft, "TINY", sft.TINY | {"seed": 7})
     assert sft.tiny_base(tmp_path, progress=False) != folder
 
 
 def test_stages_of_the_tiny_base(tmp_path, monkeypatch):
-    """Stage 1 works longer chains out and answers short ones at once; stage 2 mostly jumps to the answer."""
-    seen = []
-    monkeypatch.setattr(sft, "train", lambda model, draw, **k: seen.append([draw() for _ in range(40)]))
-    sft.tiny_base(tmp_path, progress=False)
-    for stage, draws in enumerate(seen, start=1):
-        rollouts = [r for batch in draws for r in batch]
-        short = np.array([len(r.prompt) == 4 for r in rollouts])  # '37', '+', '5', newline: one step
-        terse = np.array([len(r.response) == 3 for r in rollouts])
-        assert terse[short].mean() == pytest.approx(sft.TINY["terse_share"], abs=0.06)
-        assert terse[~short].mean() == pytest.approx(0 if stage == 1 else sft.TINY["terse_share"], abs=0.06)
+    """Half of the demonstrations have one step; each stage hurries as announced; the held-out
+    chains never appear."""
+    stages = []
+
+    def watch(model, draw, **_):
+        stages.append([r for _ in range(40) for r in draw()])
+
+    monkeypatch.setattr(sft, "train", watch)
+    folder = sft.tiny_base(tmp_path, progress=False)
+    _, tokenizer = data.load_model(folder)
+    held_out = {q.prompt for q in data.load_questions("arithmetic", "test")}
+    for rollouts, (_, _, hurry) in zip(stages, sft.TINY["stages"], strict=True):
+        prompts = [tokenizer.decode(r.prompt) for r in rollouts]
+        assert not held_out & set(prompts)
+        assert np.mean([len(r.prompt) == 4 for r in rollouts]) == pytest.approx(0.5, abs=0.04)
+        long = [r for r in rollouts if len(r.prompt) >= 12]  # so that no line is cut short
+        first = [data.decode_response(tokenizer, r).split("=")[0] for r in long]
+        taken = np.array([len(re.findall("[+-]", line)) for line in first])
+        for terms, share in hurry.items():
+            assert (taken == terms).mean() == pytest.approx(share, abs=0.05)
 
 
-def test_save_replaces_whole_files(tokenizer, tmp_path):
-    a, b = sft.tiny_model(tokenizer, 0), sft.tiny_model(tokenizer, 1)
-    sft.save(a, tokenizer, tmp_path / "m")
-    sft.save(b, tokenizer, tmp_path / "m")
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "m")
-    assert all(torch.equal(x, y) for x, y in zip(loaded.parameters(), b.parameters()))
-    assert [path.name for path in tmp_path.iterdir()] == ["m"]
+# --------------------------------------------------------------------------- the command line
 
 
-def test_command_line(tokenizer, tmp_path, capsys):
-    sft.save(sft.tiny_model(tokenizer, 0), tokenizer, tmp_path / "base")
-    rows = [dict(question="1+1", answer="2", solution="1+1=2\n#### 2"), dict(question="2+2", answer="4", solution="#### 4")]
-    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    flags = ["--dataset", str(tmp_path / "train.jsonl"), "--model", str(tmp_path / "base"), "--out", str(tmp_path / "out"), "--batch", "2"]
-    sft.main(flags)
-    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+@pytest.fixture
+def flags(tiny_folder, tmp_path):
+    """A small job on two solved questions, {flag: value}."""
+    rows = [
+        {"question": "1+1", "answer": "2", "solution": "1+1=2\n#### 2"},
+        {"question": "2+2", "answer": "4", "solution": "#### 4"},
+    ]
+    write_rows(tmp_path / "solved" / "train.jsonl", rows)
+    flags = {"--model": tiny_folder, "--out": tmp_path / "out", "--batch": 2, "--device": "cpu"}
+    return flags | {"--dataset": tmp_path / "solved"}
+
+
+def run(flags):
+    sft.main([str(word) for flag in flags.items() for word in flag])
+
+
+def test_the_command_trains_and_saves(flags, tiny, capsys):
+    run(flags | {"--lr": 1e-3})
+    model = AutoModelForCausalLM.from_pretrained(flags["--out"])
+    assert not torch.equal(model.lm_head.weight, tiny.lm_head.weight)
+    assert "wrote" in capsys.readouterr().out
     with pytest.raises(ValueError, match="exists already"):
-        sft.main(flags)
-    with pytest.raises(ValueError, match="--model tiny knows only arithmetic"):
-        sft.main(["--dataset", "gsm8k"])
-    with pytest.raises(ValueError, match="--batch 0"):
-        sft.main([*flags[:-1], "0"])
-    (tmp_path / "bare.jsonl").write_text('{"question": "1+1", "answer": "2"}\n')
-    with pytest.raises(ValueError, match="no solutions"):
-        sft.main(["--dataset", str(tmp_path / "bare.jsonl"), "--model", str(tmp_path / "base"), "--out", str(tmp_path / "x")])
+        run(flags)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"--model": "tiny", "--dataset": "gsm8k"}, "--model tiny knows only arithmetic"),
+        ({"--batch": 0}, "--batch 0"),
+        ({"--epochs": 0}, "--epochs 0.0"),
+        ({"--lr": -1}, "--lr -1.0"),
+        ({"--dataset": "BARE"}, "no solutions"),
+    ],
+)
+def test_the_command_refuses(flags, tmp_path, changes, message):
+    bare = write_rows(tmp_path / "bare" / "train.jsonl", [{"question": "1+1", "answer": "2"}])
+    if changes.get("--dataset") == "BARE":
+        changes = {"--dataset": bare.parent}
+    with pytest.raises(ValueError, match=message):
+        run(flags | changes)
+    assert not flags["--out"].exists()
