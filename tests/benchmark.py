@@ -1,64 +1,322 @@
-"""An iteration of the default task beside the obvious rival, TRL's GRPOTrainer, in one process: `pip install trl`, then
+"""Speed and memory, each beside its rival in one process, in turns: read the ratios.
 
-    python tests/benchmark.py
+    python tests/benchmark.py generation   # tokens a second, beside transformers' own generation
+    python tests/benchmark.py logprobs     # peak memory and time, beside the plain log-softmax
+    python tests/benchmark.py iteration    # one of the default task, beside TRL's GRPOTrainer
+    python tests/benchmark.py memory       # the peak of an iteration, beside sfl.py --dry_run's
 
-Same questions, same untrained tiny model (which stops by chance, after about 48 tokens on average), 32 questions x 8
-rollouts at temperature 1, a reward that anything can earn (an even number of tokens), one optimizer step, no KL term. Runs
-alternate, ratios are taken pair by pair. Generation and the log-prob pass have benchmarks of their own: `python rollout.py`
-and `python ppo.py`. `--rival none` times ours alone.
+Weights are random: speed does not depend on them. `COMMAND --help` lists the sizes.
 """
 
 import argparse
 import copy
+import itertools
+import json
 import os
+import subprocess
 import sys
 import tempfile
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-import numpy as np
-import torch
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))  # what is slow to import is imported where it is used
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import eval as evaluation  # noqa: E402
-import ppo  # noqa: E402
-import sft  # noqa: E402
-from rollout import generate  # noqa: E402
+
+def low_middle_high(values, digits=2):
+    ordered = sorted(values)
+    picks = ordered[0], ordered[len(ordered) // 2], ordered[-1]
+    return " / ".join(f"{value:,.{digits}f}" for value in picks)
+
+
+def peak_memory(device, reset=False):
+    """Bytes since the last reset: allocated on the GPU, or resident here (where that is known)."""
+    import torch
+
+    if device.type == "cuda":
+        if reset:
+            torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.max_memory_allocated()
+    try:
+        if reset:
+            Path("/proc/self/clear_refs").write_text("5")
+        status = Path("/proc/self/status").read_text()
+    except OSError:
+        return float("nan")
+    return 1024 * int(status.split("VmHWM:")[1].split()[0])
+
+
+# --------------------------------------------------------------------------- generation
+
+SHAPE = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")
+SHAPE += ("num_attention_heads", "num_key_value_heads")
+SIZES = {
+    "tiny": ("llama", 112, 128, 384, 4, 4, 4),
+    "135m": ("llama", 49152, 576, 1536, 30, 9, 3),  # SmolLM-135M
+    "0.5b": ("qwen2", 151936, 896, 4864, 24, 14, 2),  # Qwen2.5-0.5B
+    "1b": ("llama", 32000, 2048, 5632, 22, 32, 4),  # Rho-1B
+}
+
+
+def generation(args):
+    """Contenders take turns at the same prompts and lengths. Lengths are geometric, their mean a
+    third of the longest: nobody may stop early, so they are drawn beforehand."""
+    import numpy as np
+    import torch
+    from transformers import GenerationConfig
+
+    import rollout
+
+    never = 1 << 40  # a stop token that no model can write
+    model = load(args.model, args.dtype).to(args.device).eval()
+    config = GenerationConfig(do_sample=True, top_k=0, pad_token_id=0, eos_token_id=never)
+    model.generation_config = config
+    rng, longest = np.random.default_rng(0), args.max_new_tokens
+    vocab = model.config.vocab_size
+    prompts = [rng.integers(1, vocab, k).tolist() for k in rng.integers(8, 40, args.prompts)]
+    left = np.ones(args.prompts * args.n)
+    if args.prefixes:  # VinePPO's batch: 8 states of a response; the later, the less is left
+        texts = [rng.integers(1, vocab, longest).tolist() for _ in prompts]
+        prompts = [p + t[: longest * s // 8] for p, t in zip(prompts, texts) for s in range(8)]
+        left = np.tile(np.repeat(1 - np.arange(8) / 8, args.n), args.prompts)
+    prompts = [p for p in prompts for _ in range(args.n)]
+    drawn = np.minimum(rng.geometric(min(1, 3 / longest), len(prompts)), longest)
+    lengths = np.ceil(left * drawn).astype(int).tolist()
+    whole, stats = rollout.plan, {}
+
+    def ours(plan=whole):
+        rollout.plan = plan
+        stats.clear()
+        how = {"slots": args.slots, "seed": 0, "stats": stats, "stop_ids": [never]}
+        rollout.generate(model, prompts, max_new_tokens=lengths, **how)
+        return stats["slot_steps"]
+
+    def one_by_one(requests):  # no forward is shared
+        return [(request.prompt, [request]) for request in requests]
+
+    contenders = {"ours": ours}
+    if args.prefixes:
+        contenders["ours, a forward a request"] = lambda: ours(one_by_one)
+    else:
+        sizes = [size for size in (16, 32, 64, 128, 256) if size < 2 * len(prompts)]
+        seconds = {}
+        for size in sizes or [len(prompts)]:
+            start = time.perf_counter()
+            by_generate(model, prompts, lengths, size)
+            seconds[size] = time.perf_counter() - start
+        size = min(seconds, key=seconds.get)  # the rival's best
+        name = f"model.generate, batch {size}"
+        contenders[name] = lambda: by_generate(model, prompts, lengths, size)
+    results = {name: [] for name in contenders}
+    for run, name in itertools.product(range(args.runs + 1), reversed(contenders)):
+        peak_memory(model.device, reset=True)
+        start = time.perf_counter()
+        rows = contenders[name]()
+        if model.device.type == "cuda":
+            torch.cuda.synchronize()
+        took = time.perf_counter() - start
+        if run:  # the first warms up
+            results[name].append((took, rows, peak_memory(model.device)))
+    total = sum(lengths)
+    print(f"{args.model} {args.dtype} {args.device}: {len(prompts)} responses, {total:,} tokens")
+    print(f"{'':28} {'tokens a second: min / median / max':>38} {'live':>7} {'MiB':>8}  ours is")
+    for name, rows in results.items():
+        seconds, computed, memory = np.array(rows).T
+        ratios = seconds / np.array(results["ours"])[:, 0]
+        speeds = low_middle_high(total / seconds, 0)
+        live = f"{total / computed[0]:7.1%} {memory[0] / 2**20:8,.0f}"
+        print(f"{name:28} {speeds:>38} {live}  {low_middle_high(ratios)} times as fast")
+
+
+def load(name, dtype):
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    if name not in SIZES and not Path(name).is_dir():
+        raise ValueError(f"--model {name} is neither a folder nor a size: {', '.join(SIZES)}")
+    if name not in SIZES:
+        return AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, dtype))
+    family, *numbers = SIZES[name]
+    shape = dict(zip(SHAPE, numbers), tie_word_embeddings=name in ("135m", "0.5b"))
+    config = AutoConfig.for_model(family, **shape, max_position_embeddings=4096)
+    return AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
+
+
+def by_generate(model, prompts, lengths, batch):
+    """model.generate: a batch takes as many steps as its longest row. Returns rows times steps."""
+    import torch
+
+    computed = 0
+    for start in range(0, len(prompts), batch):
+        rows = [torch.tensor(p, device=model.device) for p in prompts[start : start + batch]]
+        stop = torch.tensor(lengths[start : start + batch], device=model.device)
+        pad = torch.nn.utils.rnn.pad_sequence
+        tokens = pad(rows, batch_first=True, padding_side="left")
+        steps, width = stop.max().item(), tokens.shape[1]
+
+        def done(ids, scores, stop=stop, width=width, **_):
+            return ids.shape[1] - width >= stop
+
+        mask = (tokens > 0).long()
+        how = {"max_new_tokens": steps, "stopping_criteria": [done]}
+        model.generate(tokens, attention_mask=mask, **how)
+        computed += steps * len(rows)
+    return computed
+
+
+# --------------------------------------------------------------------------- log-probs
+
+
+def logprobs(args):
+    """Peak memory each in a fresh process, then the seconds of both in one, in turns."""
+    if args.measure:
+        return print(json.dumps(measure(args)))
+
+    def child(what):
+        command = [sys.executable, *sys.argv, "--measure", what]
+        return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
+
+    size = f"{args.batch} x {args.time} tokens, vocabulary {args.vocab}"
+    print(f"{size}, forward and backward: peak of a fresh process")
+    peaks = {name: child(name) for name in ("backbone", "plain", "ours")}
+    for name, peak in peaks.items():
+        added = peak - peaks["backbone"]
+        share = added / (peaks["plain"] - peaks["backbone"])
+        print(f"{name:10} {peak / 1e6:8,.0f} MB, {share:.2f} of what plain adds to the backbone")
+    ratios = [ours / plain for plain, ours in child("speed")]
+    print(f"time, ours to plain: {low_middle_high(ratios)}")
+
+
+def measure(args):
+    """In a process of its own: the peak bytes of a forward and backward, or seconds of both."""
+    import torch
+    from transformers import AutoModelForCausalLM, Qwen2Config
+
+    import ppo
+
+    heads = {"num_attention_heads": max(1, args.width // 64)}
+    heads["num_key_value_heads"] = max(1, args.width // 448)
+    config = Qwen2Config(
+        vocab_size=args.vocab, hidden_size=args.width, intermediate_size=args.width * 38 // 7,
+        num_hidden_layers=args.layers, tie_word_embeddings=True, **heads,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    with torch.device(args.device):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        tokens = torch.randint(args.vocab, (args.batch, args.time))
+
+    def plain():
+        logits = model(tokens, use_cache=False).logits[:, :-1]
+        return logits.float().log_softmax(-1).gather(-1, tokens[:, 1:, None])
+
+    def backbone():
+        return model.base_model(tokens[:, :-1], use_cache=False).last_hidden_state.float()
+
+    passes = {"plain": plain, "backbone": backbone}
+    passes["ours"] = lambda: ppo.token_logprobs(model, tokens)
+
+    def run(name):
+        start = time.perf_counter()
+        with ppo.mixed_precision(model, torch.bfloat16 if args.bf16 else None):
+            loss = passes[name]().mean()
+        loss.backward()
+        model.zero_grad()
+        if args.device == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - start
+
+    if args.measure == "speed":  # the first warms up
+        return [[run("plain"), run("ours")] for _ in range(args.runs + 1)][1:]
+    run(args.measure)
+    return peak_memory(torch.device(args.device))
+
+
+# --------------------------------------------------------------------------- an iteration
 
 QUESTIONS, N, MAX_NEW = 32, 8, 64
 
 
-def ours(model, tokenizer, prompts, algo):
-    """An iteration of sfl.py: rollouts, grades, credit, update. Returns a function that runs one and gives its seconds."""
-    policy, stops = copy.deepcopy(model), [tokenizer.eos_token_id]
-    critic = ppo.ValueModel(policy) if algo == "ppo" else None
-    optimizers = [torch.optim.AdamW(m.parameters(), lr=1e-6) for m in (policy, critic) if m is not None]
-    passes, calls = dict(tokens_per_microbatch=2048), iter(range(10**9))
+def iteration(args):
+    """Same questions, same untrained tiny model (which stops by chance, after some 48 tokens), 32
+    questions x 8 rollouts at temperature 1, a reward that anything can earn (an even number of
+    tokens), one optimizer step, no KL term. Ratios are taken pair by pair."""
+    import numpy as np
 
-    def iteration():
-        start, seed = time.perf_counter(), next(calls)
+    import data
+    import sft
+
+    if args.rival == "trl" and find_spec("trl") is None:
+        raise ValueError("--rival trl is not installed: pip install trl, or give --rival none")
+    tokenizer = sft.tiny_tokenizer()
+    model = sft.tiny_model(tokenizer, 0)
+    questions = data.load_questions("arithmetic", "train")
+    prompts = data.encode_prompts(tokenizer, questions)
+    contenders = {algo: ours(model, tokenizer, prompts, algo) for algo in ("grpo", "ppo")}
+    seconds, length = {f"sfl, {algo}": [] for algo in contenders}, {}
+    for run, algo in itertools.product(range(args.runs + 1), contenders):
+        took, length[f"sfl, {algo}"] = contenders[algo](run)
+        seconds[f"sfl, {algo}"] += [took] * (run > 0)  # the first warms up
+        if algo == "ppo" and args.rival == "trl" and run:
+            took, length["TRL GRPOTrainer"] = trl_iterations(model, tokenizer, questions, 2)
+            seconds.setdefault("TRL GRPOTrainer", []).append(took.mean())
+    rival = seconds.get("TRL GRPOTrainer", seconds["sfl, grpo"])
+    print(f"{'':16} tokens a response   seconds: min / median / max   the last one's time to it")
+    for name, took in seconds.items():
+        ratios = low_middle_high(np.array(rival) / took)
+        print(f"{name:16} {length[name]:19.1f}   {low_middle_high(took):>27}   {ratios:>25}")
+
+
+def ours(model, tokenizer, prompts, algo):
+    """A function that runs an iteration of sfl.py: rollouts, credit, update; returns its seconds
+    and the mean length."""
+    import numpy as np
+    import torch
+
+    import ppo
+    from rollout import generate
+
+    policy = copy.deepcopy(model)
+    critic = ppo.ValueModel(policy) if algo == "ppo" else None
+    models = [policy] if critic is None else [policy, critic]
+    optimizer = torch.optim.AdamW([p for m in models for p in m.parameters()], lr=1e-6)
+    settings = ppo.Settings(tokens_per_microbatch=2048, minibatch=QUESTIONS * N)
+
+    def run(seed):
+        start = time.perf_counter()
         chosen = np.random.default_rng(seed).choice(len(prompts), QUESTIONS, replace=False)
-        groups = generate(policy, [prompts[i] for i in chosen], n=N, max_new_tokens=MAX_NEW, stop_ids=stops, seed=seed)
+        groups = generate(
+            policy, [prompts[i] for i in chosen], n=N, max_new_tokens=MAX_NEW, seed=seed,
+            stop_ids=[tokenizer.eos_token_id],
+        )  # fmt: skip
         rollouts = [r for group in groups for r in group]
-        rewards = np.array([[len(r.response) % 2 == 0 for r in group] for group in groups], np.float32)
+        even = [[len(r.response) % 2 == 0 for r in group] for group in groups]
+        rewards = np.array(even, np.float32)
         values = returns = None
         if critic is None:
-            advantages = ppo.per_token(rollouts, ppo.group_advantages(rewards, how="grpo").reshape(-1))
+            scores = ppo.group_advantages(rewards, how="grpo")
+            advantages = ppo.per_token(rollouts, scores.flatten())
         else:
-            advantages, values, returns = ppo.critic_advantages(critic, rollouts, rewards.reshape(-1), **passes)
+            advantages, values, returns = ppo.critic_advantages(
+                critic, rollouts, rewards.flatten(), settings
+            )
             advantages = ppo.whiten(advantages)
-        ppo.update(policy, optimizers[0], rollouts, advantages, critic=critic, critic_optimizer=optimizers[-1] if critic else None,
-                   values=values, returns=returns, minibatch=QUESTIONS * N, **passes)
+        critics = {"critic": critic, "values": values, "returns": returns}
+        ppo.update(policy, optimizer, rollouts, advantages, settings, **critics)
         return time.perf_counter() - start, np.mean([len(r.response) for r in rollouts])
-    return iteration
+
+    return run
 
 
 def trl_iterations(model, tokenizer, questions, steps):
-    """Seconds of each GRPOTrainer step but the first two."""
+    """Seconds of each GRPOTrainer step but the first two, and the mean length."""
+    import numpy as np
+    import torch
     from datasets import Dataset
     from transformers import TrainerCallback
     from trl import GRPOConfig, GRPOTrainer
+
     clock, lengths = [], []
 
     class Clock(TrainerCallback):
@@ -68,43 +326,135 @@ def trl_iterations(model, tokenizer, questions, steps):
     def reward(completion_ids, **kwargs):
         lengths.extend(len(ids) for ids in completion_ids)
         return [float(len(ids) % 2 == 0) for ids in completion_ids]
+
     with tempfile.TemporaryDirectory() as folder:
-        config = GRPOConfig(output_dir=folder, use_cpu=not torch.cuda.is_available(), per_device_train_batch_size=QUESTIONS * N,
-                            num_generations=N, max_completion_length=MAX_NEW, max_steps=steps + 2, learning_rate=1e-6, beta=0.0,
-                            temperature=1.0, report_to=[], save_strategy="no", logging_steps=10**6, disable_tqdm=True, bf16=False,
-                            gradient_checkpointing=False, seed=0)
-        trainer = GRPOTrainer(copy.deepcopy(model), reward_funcs=reward, args=config, processing_class=tokenizer,
-                              train_dataset=Dataset.from_list([{"prompt": q.prompt} for q in questions]), callbacks=[Clock()])
+        config = GRPOConfig(
+            output_dir=folder, use_cpu=not torch.cuda.is_available(), num_generations=N,
+            per_device_train_batch_size=QUESTIONS * N, max_completion_length=MAX_NEW,
+            max_steps=steps + 2, learning_rate=1e-6, beta=0.0, temperature=1.0, report_to=[],
+            save_strategy="no", logging_steps=10**6, disable_tqdm=True, bf16=False,
+            gradient_checkpointing=False, seed=0,
+        )  # fmt: skip
+        rows = Dataset.from_list([{"prompt": q.prompt} for q in questions])
+        trainer = GRPOTrainer(
+            copy.deepcopy(model), reward_funcs=reward, args=config, processing_class=tokenizer,
+            train_dataset=rows, callbacks=[Clock()],
+        )  # fmt: skip
         trainer.train()
     return np.diff(clock)[1:], np.mean(lengths)
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rival", choices=("trl", "none"), default="trl")
-    parser.add_argument("--runs", type=int, default=5)
-    args = parser.parse_args()
-    tokenizer = sft.tiny_tokenizer()
-    model = sft.tiny_model(tokenizer, 0)
-    questions = evaluation.load_questions("arithmetic", "train")
-    prompts = evaluation.encode_prompts(tokenizer, questions)
-    contenders = {f"sfl, {algo}": ours(model, tokenizer, prompts, algo) for algo in ("grpo", "ppo")}
-    for iteration in contenders.values():
-        iteration()
-    seconds, length = {name: [] for name in contenders}, {}
-    for _ in range(args.runs):
-        for name, iteration in contenders.items():
-            took, length[name] = iteration()
-            seconds[name].append(took)
-        if args.rival == "trl":
-            took, length["TRL GRPOTrainer"] = trl_iterations(model, tokenizer, questions, 2)
-            seconds.setdefault("TRL GRPOTrainer", []).append(took.mean())
-    print(f"{'':<18} {'mean length':>12} {'seconds an iteration: min / median / max':>42}   ratio of TRL's to it")
-    for name, took in seconds.items():
-        ratios = np.array(seconds.get("TRL GRPOTrainer", took)) / took
-        print(f"{name:<18} {length[name]:12.1f} {min(took):22.2f} / {np.median(took):6.2f} / {max(took):6.2f}   "
-              f"{ratios.min():9.2f} / {np.median(ratios):.2f} / {ratios.max():.2f}")
+# --------------------------------------------------------------------------- memory
+
+RUNS = {
+    "grpo": "--algo grpo",
+    "ppo": "--algo ppo",
+    "ppo, checkpointing": "--algo ppo --gradient_checkpointing",
+}
+
+
+def memory(args):
+    """An iteration of sfl.py with a random model on a CPU, each in a fresh process."""
+    if args.measure:
+        return print(json.dumps(measure_run(args)))
+    print(f"{'':20} {'said':>8} {'measured':>9}  ratio")
+    for name, flags in RUNS.items():
+        command = [sys.executable, *sys.argv, "--measure", flags]
+        quiet = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+        # what is freed goes back to the system at once, so that resident is what is in use
+        allocator = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
+        done = subprocess.run(command, check=True, env=os.environ | allocator, **quiet)
+        said, peak = json.loads(done.stdout.splitlines()[-1])
+        sizes = f"{said / 2**20:8,.0f} {peak / 2**20:9,.0f}"
+        print(f"{name:20} {sizes} MiB {said / peak:.2f}", flush=True)
+
+
+def measure_run(args):
+    import numpy as np
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    import data
+    import sfl
+    import sft
+
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer = sft.tiny_tokenizer()
+        config = LlamaConfig(
+            vocab_size=32000, hidden_size=args.width, intermediate_size=args.width * 11 // 4,
+            num_hidden_layers=args.layers, num_attention_heads=8, num_key_value_heads=2,
+            max_position_embeddings=1024, eos_token_id=1, pad_token_id=0,
+        )  # fmt: skip
+        data.save_model(LlamaForCausalLM(config), tokenizer, Path(folder, "model"))
+        flags = ["--model", str(Path(folder, "model")), *args.measure.split()]
+        flags += "--curriculum uniform --iterations 2 --questions 4 --rollouts 4".split()
+        flags += ["--out", f"{folder}/run", "--device", "cpu", "--eval_limit", "1"]
+        flags += "--max_new_tokens 256 --context 512 --tokens_per_microbatch 4096".split()
+        said = sum(sfl.memory(sfl.parse(flags), LlamaForCausalLM(config), False).values())
+        torch.zeros(1)
+        status = Path("/proc/self/status").read_text()
+        before = 1024 * int(status.split("VmRSS:")[1].split()[0])
+        peak_memory(torch.device("cpu"), reset=True)
+        sfl.save = lambda run, iteration: None  # a checkpoint on its way is no part of it
+        rng = np.random.default_rng(0)  # an untrained model is never right, and nothing to learn
+        sfl.Sampler.grade = lambda self, tokenizer, questions, groups: rng.integers(
+            0, 2, (len(groups), len(groups[0]))
+        ).astype(np.float32)
+        sfl.train(sfl.parse(flags))
+        return said, peak_memory(torch.device("cpu")) - before
+
+
+# --------------------------------------------------------------------------- the command line
+
+
+def parse(argv=None):
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for command in (generation, logprobs, iteration, memory):
+        add = commands.add_parser(command.__name__, description=command.__doc__)
+        add.set_defaults(run=command)
+        add.add_argument("--runs", type=positive, default=5, help="of each contender (5)")
+        if command in (generation, logprobs):
+            add.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+        if command is generation:
+            add.add_argument("--model", default="tiny", help=f"{', '.join(SIZES)}, or a folder")
+            add.add_argument("--prompts", type=positive, default=32, help="of 8 to 39 tokens (32)")
+            add.add_argument("--n", type=positive, default=8, help="responses to each (8)")
+            add.add_argument("--max_new_tokens", type=positive, default=256)
+            add.add_argument("--slots", type=positive, help="by default: by free memory")
+            add.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
+            add.add_argument("--prefixes", action="store_true", help="no rival: n responses from 8 "
+                             "states of a response, prefixes shared and not")  # fmt: skip
+        if command is logprobs:
+            sizes = {"batch": 4, "time": 512, "vocab": 151936, "width": 896, "layers": 2}
+            for name, default in sizes.items():
+                add.add_argument(f"--{name}", type=positive, default=default, help=f"({default})")
+            add.add_argument("--bf16", action="store_true", help="autocast to bfloat16")
+            add.add_argument("--measure", help=argparse.SUPPRESS)  # what the children are told
+        if command is memory:
+            add.add_argument("--width", type=positive, default=512, help="of the model (512)")
+            add.add_argument("--layers", type=positive, default=8, help="of the model (8)")
+            add.add_argument("--measure", help=argparse.SUPPRESS)
+        if command is iteration:
+            add.add_argument("--rival", choices=("trl", "none"), default="trl")
+    return parser.parse_args(argv)
+
+
+def positive(text):
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} must be at least 1")
+    return int(text)
+
+
+def main(argv=None):
+    args = parse(argv)
+    args.run(args)
 
 
 if __name__ == "__main__":
-    main()
+    args = parse()  # first: --help need not wait for the imports
+    import data
+
+    data.command_line(lambda: args.run(args))

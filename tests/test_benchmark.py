@@ -1,0 +1,44 @@
+"""The benchmarks run; what they say is for whoever runs them."""
+
+import subprocess
+import sys
+
+import benchmark
+import pytest
+from conftest import ROOT, small_llama
+
+
+def test_generation(capsys, tmp_path):
+    small_llama(97, max_position_embeddings=512).save_pretrained(tmp_path)
+    size = f"generation --prompts 2 --n 3 --max_new_tokens 9 --runs 2 --model {tmp_path}".split()
+    benchmark.main(size)
+    out = capsys.readouterr().out
+    assert "ours" in out and "model.generate, batch" in out and "100.0%" in out
+    benchmark.main([*size, "--prefixes"])
+    out = capsys.readouterr().out
+    assert "ours, a forward a request" in out and "model.generate" not in out
+
+
+def test_logprobs():
+    sizes = "--batch 1 --time 9 --vocab 99 --width 64 --layers 1 --runs 1".split()
+    command = [sys.executable, str(ROOT / "tests" / "benchmark.py"), "logprobs", *sizes]
+    out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert "of what plain adds" in out and "time, ours to plain" in out
+
+
+def test_iteration(capsys):
+    benchmark.main(["iteration", "--runs", "1", "--rival", "none"])
+    assert "sfl, ppo" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ("generation --model nowhere", "--model nowhere is neither a folder nor a size"),
+        ("generation --prompts 0", "--prompts: 0 must be at least 1"),
+    ],
+)
+def test_bad_input_is_one_line(arguments, message):
+    command = [sys.executable, str(ROOT / "tests" / "benchmark.py"), *arguments.split()]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2 and message in done.stderr.splitlines()[-1]
