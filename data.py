@@ -1,14 +1,14 @@
 """What a question is, where questions come from, and how text becomes tokens and back.
 
 A QUESTION is a prompt and a gold answer. The response reasons in steps, one a line, then commits to
-an answer behind ####, as in GSM8K. One of the data set that is made here, all numbers mod 97:
+an answer behind ####, as in GSM8K. One of those that are made here, all numbers mod 97:
 
     prompt      37+26-12\\n
     response    37+26=63\\n63-12=51\\n#### 51
 
-DATA SETS have a name (`DATASETS`: from the hub, or from local files), or are the path of a file or
-of a folder with a file for each split; names joined by commas are one data set. A row needs a
-question and an answer; a solution, where there is one, is what supervised fine-tuning learns from:
+DATA SETS are made here (arithmetic, parity), have a name (`DATASETS`: from the hub, or from local
+files), or are the path of a file or of a folder with a file for each split. A row needs a question
+and an answer; a solution, where there is one, is what supervised fine-tuning learns from:
 
     {"question": "Tom has 3 apples and buys 4. How many now?", "answer": "3 + 4 = 7\\n#### 7"}
 
@@ -47,12 +47,10 @@ class Question:
 
 # --------------------------------------------------------------------------- arithmetic, made here
 
-MODULUS = 97  # a guess is right 1 time in 97: success means that the reasoning was right
-# Few enough to learn all results by heart (97 times 10): a step on its own is no problem.
+MODULUS = 97  # a guess is right 1 time in 97; and few enough to learn all results by heart:
 TERMS = ("+7", "+16", "+26", "+38", "+45", "-5", "-12", "-23", "-33", "-41")
-# The pool is what one scrapes together, as the papers found it: most of it is always solved (one
-# step), much of it never (longer than anything the model was shown), and little lies between. The
-# test is what one wants.
+# The pool is what one scrapes together: most of it is always solved (one step), much of it never
+# (longer than what the model was shown), and little lies between. The test is what one wants.
 LEARNABLE_SHARE = 0.08
 STEPS_WANTED = range(2, 9)
 STEPS_TOO_MANY = range(12, 15)
@@ -124,6 +122,7 @@ def solve(chain, hurry=None, rng=None):
 
 # --------------------------------------------------------------------------- data sets by name
 
+MADE_HERE = ("arithmetic", "parity")
 ORZ_FILE = "orz_math_57k_collected.json"
 # name: hub id, configuration, split (or file) to train on and to test on, how answers are graded
 DATASETS = {
@@ -143,16 +142,18 @@ ANSWER_FIELDS = ("answer", "final_answer", "result")
 ONE_IN = 10
 
 
-def load_questions(dataset, split, *, data_dir=None, limit=None, seed=0, fields=None):
-    """The questions of a data set: arithmetic, one of DATASETS, a path, or OWNER/NAME of a data set
-    on the hub with splits train and test; several, by commas.
+def load_questions(
+    dataset, split, *, data_dir=None, limit=None, seed=0, fields=None, bits=None
+):  # fmt: skip
+    """The questions of a data set: arithmetic, parity (of so many bits), one of DATASETS, a path,
+    or OWNER/NAME on the hub (splits train and test); several, by commas.
 
     split: 'train', 'test' or 'all'. A named data set comes from the hub, or from data_dir:
     NAME/train and NAME/test, or train and test, or one file NAME. A path is a folder with train and
     test files, or one file (.jsonl, .json, .parquet). One file is split by a hash of the question,
     unless split is 'all'. limit: a random subset of that many, drawn with `seed`, in the data set's
     order. fields: `question`, `answer`, `solution` -> the row's names for them, where these are
-    unusual. arithmetic does not depend on `seed`: runs with different seeds share one test set.
+    unusual. What is made here does not depend on `seed`: runs with other seeds share one test set.
     ValueError, one line, for whatever is unknown, missing, malformed or out of reach."""
     names = dataset.split(",")
     check_names(names, split, data_dir)
@@ -163,6 +164,9 @@ def load_questions(dataset, split, *, data_dir=None, limit=None, seed=0, fields=
         for part in parts:
             if name == "arithmetic":
                 questions += arithmetic(POOL_SIZES[part], part, levels_of(part), part)
+                continue
+            if name == "parity":
+                questions += parity(PARITY_SIZES[part], part, bits or BITS, part)
                 continue
             rows, one_piece = rows_of(name, part, data_dir, alone=len(names) == 1)
             kind = DATASETS[name][-1] if name in DATASETS else None
@@ -182,8 +186,7 @@ def load_questions(dataset, split, *, data_dir=None, limit=None, seed=0, fields=
 
 
 def in_split(text, split, one_in):
-    """Is this question of the split? A hash decides: crc32, for Python's own hash of a string
-    differs in each process."""
+    """Is this question of the split? crc32 decides: Python's own hash differs in each process."""
     return split == "all" or (zlib.crc32(text.encode()) % one_in == 0) == (split == "test")
 
 
@@ -198,12 +201,15 @@ def encode_prompts(tokenizer, questions, *, chat="auto"):
         raise ValueError(f"unknown chat {chat!r}: give auto, on or off")
     if chat == "on" and not tokenizer.chat_template:
         raise ValueError("--chat on, but the tokenizer has no chat template: give --chat off")
-    if chat == "off" or not tokenizer.chat_template:
+    template = tokenizer.chat_template or ""
+    plain = PLAIN_TEMPLATE in template  # see `add_tags`
+    if not template or (chat == "off" and not plain):
         prompts = [tokenizer(q.prompt).input_ids for q in questions]  # with BOS where one is added
         return [ids[:-1] if ids[-1:] == [tokenizer.eos_token_id] else ids for ids in prompts]
     prompts = []
     for q in questions:
-        message = {"role": "user", "content": f"{q.question or q.prompt}\n\n{CHAT_INSTRUCTION}"}
+        text = q.prompt if plain else f"{q.question or q.prompt}\n\n{CHAT_INSTRUCTION}"
+        message = {"role": "user", "content": text}
         text = tokenizer.apply_chat_template([message], add_generation_prompt=True, tokenize=False)
         prompts.append(tokenizer(text, add_special_tokens=False).input_ids)  # it wrote its own BOS
     return prompts
@@ -243,8 +249,85 @@ def stop_ids(model, tokenizer):
 
 
 # ==================================================================================================
-# That is the method. Below: reading rows, loading and saving models, command lines.
+# That is the method. Below: parity, tags, reading rows, models on disk, command lines.
 # ==================================================================================================
+
+
+# --------------------------------------------------------------------------- parity, made here
+
+BITS = 24  # the paper's headline has 50; the tiny model learns to work out 24 in half a minute
+PARITY_SIZES = {"train": 4096, "test": 256}
+
+
+def parity(count, seed, bits=BITS, split="train"):
+    """About `count` distinct strings of bits. Is the number of ones odd? No short circuit computes
+    that (arXiv 2510.11495): said at once, the answer is a guess; with the running parities written
+    down first, each step is easy. Train and test are disjoint whatever their seeds."""
+    rng = random.Random(seed)
+    texts = set()
+    share = 1 / ONE_IN if split == "test" else 1 - 1 / ONE_IN
+    wanted = min(count, int(2**bits * share / 2))  # of few bits there are not so many
+    while len(texts) < wanted:
+        text = f"{rng.getrandbits(bits):0{bits}b}"
+        if in_split(text, split, ONE_IN):
+            texts.add(text)
+    return [bit_question(text) for text in sorted(texts)]
+
+
+def bit_question(text):
+    """The question of a string of bits, with its long solution."""
+    bare = f"Is the number of ones in {text} odd (1) or even (0)?"
+    running = "".join(str(text[:end].count("1") % 2) for end in range(1, len(text) + 1))
+    solution = f"{running}#### {running[-1]}"
+    return Question(f"{text}\n", running[-1], solution, "number", len(text), bare)
+
+
+def short_solution(question):
+    """The answer at once."""
+    return f"#### {question.answer}"
+
+
+# --------------------------------------------------------------------------- tags
+
+# A chat template that is the plain prompt, for a model that learned to read a tag before it.
+PLAIN_TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+TAGS = ("<bad>", "<good>")  # what a response is worth, 0 or 1: return-conditioned RL
+
+
+def add_tags(model, tokenizer, chat="auto"):
+    """Teach tokenizer and model the TAGS, two new tokens (their weights are the mean of the
+    others'), and let every prompt begin with the good one: the chat template says so, and whoever
+    loads the saved model asks for it. Nothing is done to a model that has them. (At a prompt's end
+    a tag would come between question and response, and move them apart.)"""
+    if TAGS[0] in tokenizer.get_vocab():
+        return
+    tokenizer.add_tokens(list(TAGS), special_tokens=True)
+    tags = tag_ids(tokenizer)
+    if len(tokenizer) > len(model.get_input_embeddings().weight):
+        model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    for table in (model.get_input_embeddings().weight, model.get_output_embeddings().weight):
+        table.data[tags] = table.data[: min(tags)].mean(0)
+    if tokenizer.chat_template and chat != "off":
+        tokenizer.chat_template = TAGS[1] + tokenizer.get_chat_template()
+    else:
+        adds_bos = tokenizer("").input_ids[:1] == [tokenizer.bos_token_id]
+        bos = tokenizer.bos_token if adds_bos else ""
+        tokenizer.chat_template = bos + TAGS[1] + PLAIN_TEMPLATE
+
+
+def with_tag(tokenizer, prompt, reward):
+    """A prompt that has the good tag, with the tag of this reward instead; None: with no tag."""
+    ids = tag_ids(tokenizer)
+    tag = [] if reward is None else [ids[reward]]
+    at = prompt.index(ids[1])
+    return prompt[:at] + tag + prompt[at + 1 :]
+
+
+def tag_ids(tokenizer):
+    return tokenizer.convert_tokens_to_ids(list(TAGS))
+
+
+# --------------------------------------------------------------------------- reading rows
 
 
 def to_questions(rows, kind, fields):
@@ -465,15 +548,25 @@ def save_model(model, tokenizer, folder):
     folder = Path(folder)
     beside = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(beside, ignore_errors=True)
-    model.save_pretrained(beside)
-    tokenizer.save_pretrained(beside)
+    try:
+        model.save_pretrained(beside)
+        tokenizer.save_pretrained(beside)
+    except Exception as error:  # a full disk has many names
+        raise OSError(f"cannot save a model in {folder} ({first_line(error)})") from error
     files = [file for file in beside.rglob("*") if file.is_file()]  # templates may have a folder
     # config.json last: whoever looks for it finds all
     for file in sorted(files, key=lambda file: file.name == "config.json"):
         target = folder / file.relative_to(beside)
         target.parent.mkdir(parents=True, exist_ok=True)
-        os.replace(file, target)
+        put_in_place(file, target)
     shutil.rmtree(beside)
+
+
+def put_in_place(written, target):
+    """Rename a file that was written beside over its target, once the disk has it."""
+    with open(written, "rb+") as file:
+        os.fsync(file.fileno())
+    os.replace(written, target)
 
 
 def pick_device(name):
@@ -601,12 +694,12 @@ def check_names(names, split, data_dir):
     if split not in ("train", "test", "all"):
         raise ValueError(f"unknown split {split!r}: give train, test or all")
     for name in names:
-        known = name == "arithmetic" or name in DATASETS or is_hub_id(name)
+        known = name in MADE_HERE or name in DATASETS or is_hub_id(name)
         path = Path(name)
         if not known and not (path.exists() or path.suffix in SUFFIXES or len(path.parts) > 1):
             raise ValueError(
-                f"unknown data set {name!r}: give arithmetic, {', '.join(DATASETS)}, OWNER/NAME on "
-                "the hub, or the path of a .jsonl, .json or .parquet file or of a folder with "
+                f"unknown data set {name!r}: give {', '.join([*MADE_HERE, *DATASETS])}, OWNER/NAME "
+                "on the hub, or the path of a .jsonl, .json or .parquet file or of a folder with "
                 "train and test files"
             )
         if name in DATASETS and split == "train" and DATASETS[name][2] is None:

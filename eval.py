@@ -44,10 +44,11 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import torch
 
 import data
 from data import braced, decode_response
-from rollout import StopText, generate
+from rollout import StopText, all_sum, generate, share
 
 # --------------------------------------------------------------------------- when is it right?
 
@@ -101,7 +102,7 @@ def grade(response, question, *, last_number=False):
 
 def rewards(tokenizer, questions, rollouts, *, last_number=False):
     """One list of n `Rollout`s a question -> (questions, n) float32: 1 for a finished, right
-    response, else 0. Graded in threads, as many as there are judges."""
+    response, else 0. Graded in threads, as many as there are judges; several processes share."""
     graded = np.zeros((len(questions), max(map(len, rollouts), default=0)), np.float32)
     finished = []
     for i, (question, group) in enumerate(zip(questions, rollouts, strict=True)):
@@ -115,10 +116,11 @@ def rewards(tokenizer, questions, rollouts, *, last_number=False):
 
     if any(question.kind == "math" for question in questions):
         with ThreadPoolExecutor(judges.qsize()) as pool:
-            list(pool.map(grade_one, finished))
+            list(pool.map(grade_one, share(finished)))
     else:
-        for entry in finished:
+        for entry in share(finished):
             grade_one(entry)
+    all_sum(torch.from_numpy(graded))  # in place
     return graded
 
 
@@ -590,6 +592,7 @@ SETTINGS = """
 model            -              -     a model's folder, a run's folder, or a hub id
 plot             -              +     draw these training runs instead
 dataset          arithmetic     -     data sets' names, by commas, or a file's or folder's path *
+bits             24             2..60 parity: bits of a question *
 data_dir         -              -     a folder with the named data sets' files, not the hub *
 question_field   -              -     the rows' name for the question; usual ones are found *
 answer_field     -              -     and for the answer *
@@ -613,7 +616,7 @@ save_samples     -              -     a file for every response and its grade, a
 out              -              -     JSON, or PNG of --plot; default: in the (first) run's folder
 """
 OF_THE_RUN = ("dataset", "data_dir", "question_field", "answer_field", "max_new_tokens", "stop")
-OF_THE_RUN += ("last_number", "chat")
+OF_THE_RUN += ("last_number", "chat", "bits")
 
 
 def settings_for(flags):
@@ -642,10 +645,10 @@ def settings_for(flags):
 def evaluate_dataset(args, name, model, tokenizer):
     """{'greedy': ..., 'mean of 16': ...}: what `evaluate` returns, printed as it comes."""
     fields = {"question": args.question_field, "answer": args.answer_field}
-    limit = args.limit or None
     questions = data.load_questions(
-        name, args.split, data_dir=args.data_dir, limit=limit, seed=args.seed, fields=fields
-    )
+        name, args.split, data_dir=args.data_dir, limit=args.limit or None, seed=args.seed,
+        fields=fields, bits=args.bits,
+    )  # fmt: skip
     names = ("max_new_tokens", "chat", "seed", "engine", "last_number")
     settings = {"progress": True, **{name: getattr(args, name) for name in names}}
     settings["stop_ids"] = stops(model, tokenizer, args.stop)

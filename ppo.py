@@ -29,16 +29,21 @@ list with a 1-D float32 CPU tensor a rollout; (tokens,) stands for those of a mi
 import copy
 import math
 import statistics
+import warnings
 import weakref
 from collections import defaultdict
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.nn.utils import clip_grad_norm_
 from torch.nn.utils.rnn import pad_sequence
+
+from rollout import all_sum, gather, many_processes, share
 
 # --------------------------------------------------------------------------- advantages
 
@@ -108,25 +113,6 @@ def whiten(advantages):
 # --------------------------------------------------------------------------- the update
 
 
-@dataclass
-class Settings:
-    """What an update must know. Any object with these attributes will do."""
-
-    temperature: float = 1.0  # of the sampling: log-probs are of softmax(logits / temperature)
-    gamma: float = 1.0  # discount
-    lam: float = 1.0  # GAE's lambda: at 1 the reward alone speaks, at 0 the next value
-    clip: float = 0.2  # eps of the ratio
-    value_clip: float | None = 0.2  # how far a value may move and still gain; None: any
-    kl_coef: float = 0.0  # weight of the KL to the frozen reference, summed over a response
-    loss_average: str = "token"  # all tokens alike, or "response": all responses alike
-    epochs: int = 1  # passes over the rollouts
-    minibatch: int = 64  # rollouts an optimizer step
-    max_grad_norm: float | None = 1.0  # of policy and critic each; None: no clipping
-    max_ratio: float = 10.0  # a minibatch of larger mean ratio makes no policy step
-    tokens_per_microbatch: int = 8192  # padded tokens in one forward and backward
-    autocast: torch.dtype | None = None  # None or torch.bfloat16: of the matrix products
-
-
 def kl_k3(ref, new):
     """KL(pi || pi_ref) from log-probs of tokens sampled from pi: exp(d) - d - 1 with d = ref - new
     (k3; GRPO's eq. 4). Unbiased, never negative. Clamped to [0, 10]: no token may own the batch."""
@@ -165,9 +151,10 @@ def update(
     `critic_advantages`. rng: draws the minibatches. The models are left in eval mode.
 
     The KL is summed over a response and averaged over responses, as in the authors' code.
-    Micro-batches do not change a gradient. Without a KL, rollouts whose advantages are all 0 stay
-    out of the policy's pass: they have no gradient, but count in the mean.
-    FloatingPointError: a NaN or an infinity, found before the step that it would spoil."""
+    Micro-batches do not change a gradient, nor do several processes (torch.distributed), each of
+    which has all rollouts and does its share of each minibatch. Without a KL, rollouts whose
+    advantages are all 0 stay out of the policy's pass: they have no gradient, but count in the
+    mean. A NaN or an infinity makes no step: see `step`."""
     s = settings
     check_update(s, rollouts, advantages, old_logprobs, ref_logprobs, critic, values, returns)
     no_dropout(policy)
@@ -177,6 +164,7 @@ def update(
     if old_logprobs is None and s.epochs * parts > 1:
         old_logprobs = rollout_logprobs(policy, rollouts, s, only=has_gradient)
     log = defaultdict(list)
+    device = next(policy.parameters()).device
     optimizer.zero_grad()
 
     for _ in range(s.epochs):
@@ -185,47 +173,51 @@ def update(
 
             # the policy: the clipped surrogate, and the KL to the reference
             active = [i for i in minibatch if has_gradient[i]]
-            sums = 0
-            for batch in microbatches(rollouts, s.tokens_per_microbatch, active):
-                new = response_logprobs(policy, [rollouts[i] for i in batch], s)  # (tokens,)
-                old = new.detach() if old_logprobs is None else pick(old_logprobs, batch, new)
-                ref = new.detach() if ref_logprobs is None else pick(ref_logprobs, batch, new)
-                advantage = pick(advantages, batch, new)
-                ratio = (new - old).exp()
-                surrogate = clipped_surrogate(ratio, advantage, s.clip)
-                kl = kl_k3(ref, new)
-                loss = (surrogate * pick(weights, batch, new)).sum()
-                loss = loss + s.kl_coef * kl.sum() / len(minibatch)
-                loss.backward()
-                clipped = surrogate > -ratio * advantage  # there the token has no gradient
-                sums = sums + token_sums(surrogate, kl, kl_k3(new, old), clipped, ratio)
+            for attempt in until_it_fits(s, optimizer):
+                with attempt:
+                    sums = torch.zeros(len(TOKEN_SUMS), device=device)
+                    for batch in microbatches(rollouts, s.tokens_per_microbatch, share(active)):
+                        new = response_logprobs(policy, [rollouts[i] for i in batch], s)
+                        old = pick(old_logprobs, batch, new)  # (tokens,), as all of these
+                        ref = pick(ref_logprobs, batch, new)
+                        advantage = pick(advantages, batch, new)
+                        ratio = (new - old).exp()
+                        surrogate = clipped_surrogate(ratio, advantage, s.clip)
+                        kl = kl_k3(ref, new)
+                        loss = (surrogate * pick(weights, batch, new)).sum()
+                        loss = loss + s.kl_coef * kl.sum() / len(minibatch)
+                        loss.backward()
+                        clipped = surrogate > -ratio * advantage  # there the token has no gradient
+                        columns = surrogate, kl, kl_k3(new, old), clipped, ratio
+                        sums += token_sums(*columns)
             if active:
-                sums = dict(zip(TOKEN_SUMS, sums.tolist()))  # the one wait for the device
+                sums = dict(zip(TOKEN_SUMS, all_sum(sums).tolist()))  # the one wait for the device
                 if sums["ratio_mean"] > s.max_ratio * sums["tokens"]:
                     log["skipped"].append(sums)
                     optimizer.zero_grad()
                 else:
                     loss = sums["policy_loss"] + sums["kl"]
-                    norm = step(policy, optimizer, loss, s.max_grad_norm, "policy")
-                    log["grad_norm"].append(norm)
-                    log["policy"].append(sums)
+                    norm = step(policy, optimizer, loss, s.max_grad_norm)
+                    log["policy"].append({**sums, "grad_norm": norm})
 
             if critic is None:
                 continue
 
             # the critic: squared error to the returns
             tokens = sum(len(rollouts[i].response) for i in minibatch)
-            error = 0
-            for batch in microbatches(rollouts, s.tokens_per_microbatch, minibatch):
-                new = response_values(critic, [rollouts[i] for i in batch], s)  # (tokens,)
-                old = pick(values, batch, new)
-                target = pick(returns, batch, new)
-                loss = value_loss(new, old, target, s.value_clip).sum()
-                (loss / tokens).backward()
-                error = error + loss.detach()
-            norm = step(critic, optimizer, float(error), s.max_grad_norm, "critic")
-            log["critic_grad_norm"].append(norm)
-            log["critic"].append((float(error), tokens))
+            for attempt in until_it_fits(s, optimizer):
+                with attempt:
+                    error = torch.zeros((), device=device)
+                    for batch in microbatches(rollouts, s.tokens_per_microbatch, share(minibatch)):
+                        new = response_values(critic, [rollouts[i] for i in batch], s)
+                        old = pick(values, batch, new)  # (tokens,), as all of these
+                        target = pick(returns, batch, new)
+                        loss = value_loss(new, old, target, s.value_clip).sum()
+                        (loss / tokens).backward()
+                        error += loss.detach()
+            error = float(all_sum(error))
+            norm = step(critic, optimizer, error, s.max_grad_norm)
+            log["critic"].append({"error": error, "tokens": tokens, "grad_norm": norm})
 
     return update_metrics(log, ref_logprobs, values, returns)
 
@@ -258,6 +250,25 @@ class ValueModel(nn.Module):
 # ==================================================================================================
 
 
+@dataclass
+class Settings:
+    """What an update must know. Any object with these attributes will do."""
+
+    temperature: float = 1.0  # of the sampling: log-probs are of softmax(logits / temperature)
+    gamma: float = 1.0  # discount
+    lam: float = 1.0  # GAE's lambda: at 1 the reward alone speaks, at 0 the next value
+    clip: float = 0.2  # eps of the ratio
+    value_clip: float | None = 0.2  # how far a value may move and still gain; None: any
+    kl_coef: float = 0.0  # weight of the KL to the frozen reference, summed over a response
+    loss_average: str = "token"  # all tokens alike, or "response": all responses alike
+    epochs: int = 1  # passes over the rollouts
+    minibatch: int = 64  # rollouts an optimizer step
+    max_grad_norm: float | None = 1.0  # of policy and critic each; None: no clipping
+    max_ratio: float = 10.0  # a minibatch of larger mean ratio makes no policy step
+    tokens_per_microbatch: int = 8192  # padded tokens in one forward and backward
+    autocast: torch.dtype | None = None  # None or torch.bfloat16: of the matrix products
+
+
 def response_logprobs(policy, rollouts, settings):
     """log pi of the response tokens, (tokens,): new, old and reference log-probs alike."""
     with mixed_precision(policy, settings.autocast):
@@ -274,18 +285,49 @@ def response_values(critic, rollouts, settings):
     return values[mask]
 
 
-def step(model, optimizer, loss, max_grad_norm, name):
-    """An optimizer step along the gradient at hand; the gradient's norm before clipping."""
+def step(model, optimizer, loss, max_grad_norm):
+    """An optimizer step along the gradient at hand, of all processes together; the gradient's norm
+    before clipping. With a NaN or an infinity in loss or gradient no step is made, and the norm is
+    NaN: it is counted in the metrics, and `model.bad_steps` counts how many came in a row."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    for parameter in parameters if many_processes() else []:
+        if parameter.grad is None:  # this process had nothing to do
+            parameter.grad = torch.zeros_like(parameter)
+        dist.all_reduce(parameter.grad)
     limit = math.inf if max_grad_norm is None else max_grad_norm
-    norm = float(clip_grad_norm_(model.parameters(), limit))
-    if not (math.isfinite(loss) and math.isfinite(norm)):
-        raise FloatingPointError(
-            f"{name}: loss {loss:.4g}, gradient norm {norm:.4g}, so no step was made: lower the "
-            "learning rate, or look for a NaN in the weights"
-        )
-    optimizer.step()
+    norm = float(clip_grad_norm_(parameters, limit))
+    if math.isfinite(loss) and math.isfinite(norm):
+        model.bad_steps = 0
+        optimizer.step()
+    else:
+        model.bad_steps = getattr(model, "bad_steps", 0) + 1
+        norm = math.nan
     optimizer.zero_grad()  # now: generation can use the memory
     return norm
+
+
+def until_it_fits(settings, optimizer=None):
+    """`with` blocks to do the same thing in until memory suffices: a next one has half the
+    tokens_per_microbatch, which changes no gradient, and starts from none."""
+    fitted = []
+    while not fitted:
+        yield halve_when_full(settings, optimizer, fitted)
+
+
+@contextmanager
+def halve_when_full(settings, optimizer, fitted):
+    try:
+        yield
+        fitted.append(True)
+    except torch.OutOfMemoryError:
+        if settings.tokens_per_microbatch < 2:
+            raise
+        settings.tokens_per_microbatch //= 2
+        if optimizer is not None:
+            optimizer.zero_grad()
+        half = settings.tokens_per_microbatch
+        warnings.warn(f"out of memory: going on with --tokens_per_microbatch {half}", stacklevel=2)
+        torch.cuda.empty_cache()
 
 
 def token_weights(rollouts, minibatch, average):
@@ -338,7 +380,10 @@ def pad(rollouts, model):
 
 
 def pick(entries, batch, like):
-    """The numbers at the response tokens of a micro-batch, (tokens,), on the device of `like`."""
+    """The numbers at the response tokens of a micro-batch, (tokens,), on the device of `like`; of
+    no entries, `like` itself, as a constant."""
+    if entries is None:
+        return like.detach()
     return torch.cat([entries[i] for i in batch]).to(like.device)
 
 
@@ -364,11 +409,16 @@ def rollout_scores(score, model, rollouts, settings, only=None):
     no_dropout(model)
     scores = [None] * len(rollouts)
     chosen = [i for i in range(len(rollouts)) if only is None or only[i]]
-    for batch in microbatches(rollouts, settings.tokens_per_microbatch, chosen):
-        flat = score(model, [rollouts[i] for i in batch], settings).float().cpu()
-        pieces = flat.split([len(rollouts[i].response) for i in batch])
-        for i, piece in zip(batch, pieces):
-            scores[i] = piece
+    mine = share(chosen)
+    for attempt in until_it_fits(settings):
+        with attempt:
+            for batch in microbatches(rollouts, settings.tokens_per_microbatch, mine):
+                flat = score(model, [rollouts[i] for i in batch], settings).float().cpu()
+                pieces = flat.split([len(rollouts[i].response) for i in batch])
+                for i, piece in zip(batch, pieces):
+                    scores[i] = piece
+    for i, piece in zip(chosen, gather([scores[i] for i in mine])):
+        scores[i] = piece
     return scores
 
 
@@ -531,19 +581,25 @@ def update_metrics(log, ref_logprobs, values, returns):
     pass: policy_loss, kl (k3 to the reference), approx_kl (k3 of old to new), clip_fraction,
     ratio_mean; over all response tokens: value_loss, explained_variance; over steps, before
     clipping: grad_norm, critic_grad_norm. Counts: optimizer_steps, skipped_minibatches,
-    tokens_trained."""
-    totals = {name: sum(sums[name] for sums in log["policy"]) for name in TOKEN_SUMS}
-    metrics = {"optimizer_steps": len(log["policy"]), "skipped_minibatches": len(log["skipped"])}
+    nonfinite_steps, tokens_trained."""
+    made, critic_made = (
+        [step for step in log[which] if math.isfinite(step["grad_norm"])]
+        for which in ("policy", "critic")
+    )
+    totals = {name: sum(step[name] for step in made) for name in TOKEN_SUMS}
+    metrics = {"optimizer_steps": len(made), "skipped_minibatches": len(log["skipped"])}
+    tried = len(log["policy"]) + len(log["critic"])
+    metrics["nonfinite_steps"] = tried - len(made) - len(critic_made)
     metrics["tokens_trained"] = int(totals["tokens"])
-    if log["policy"]:
+    if made:
         metrics |= {name: totals[name] / totals["tokens"] for name in TOKEN_SUMS[:5]}
-        metrics["grad_norm"] = statistics.mean(log["grad_norm"])
+        metrics["grad_norm"] = statistics.mean(step["grad_norm"] for step in made)
     if ref_logprobs is None:
         metrics.pop("kl", None)
-    if log["critic"]:
-        errors, tokens = zip(*log["critic"])
-        metrics["value_loss"] = sum(errors) / sum(tokens)
-        metrics["critic_grad_norm"] = statistics.mean(log["critic_grad_norm"])
+    if critic_made:
+        tokens = sum(step["tokens"] for step in critic_made)
+        metrics["value_loss"] = sum(step["error"] for step in critic_made) / tokens
+        metrics["critic_grad_norm"] = statistics.mean(step["grad_norm"] for step in critic_made)
         target, value = torch.cat(list(returns)), torch.cat(list(values))
         if target.var(correction=0) > 1e-8:  # else there is nothing to explain
             unexplained = (target - value).var(correction=0) / target.var(correction=0)

@@ -44,6 +44,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from tqdm import tqdm
 from transformers import AttentionInterface, GenerationConfig
@@ -110,10 +111,13 @@ def generate(
         groups.append([Request(next(numbers), prompt, budget) for _ in range(count)])
     requests = [request for group in groups for request in group]
     stats = {} if stats is None else stats
-    if requests:
+    mine = share(requests)  # all of them, unless several processes share the work
+    if mine:
         serve = generate_slots if engine == "slots" else generate_hf
-        with progress_bar("rollouts", len(requests), "rollout", progress, leave=False) as bar:
-            serve(model, dtype, requests, slots, how, stats, bar)
+        with progress_bar("rollouts", len(mine), "rollout", progress, leave=False) as bar:
+            serve(model, dtype, mine, slots, how, stats, bar)
+    for request, rollout in zip(requests, gather([request.rollout for request in mine])):
+        request.rollout = rollout
     add(stats, tokens_generated=sum(len(request.rollout.response) for request in requests))
     return [[request.rollout for request in group] for group in groups]
 
@@ -710,6 +714,43 @@ def score_row(model, request, tokens, how):
     logits = model(text).logits[0, start - 1 : -1].float() / (how.temperature or 1.0)
     logprobs = logits.log_softmax(-1).gather(1, text[0, start:, None])[:, 0]
     return to_rollout(request, tokens, logprobs.tolist(), bool(ends), how)
+
+
+# --------------------------------------------------------------------------- several processes
+# torchrun starts them. Each has the whole model, and all see the same questions, responses and
+# rewards; what is split is the work: requests here, answers to grade, rows of a minibatch.
+
+
+def rank():
+    return dist.get_rank() if many_processes() else 0
+
+
+def many_processes():
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def share(items):
+    """This process's part of a list, one in so many; alone, all of it."""
+    return items[dist.get_rank() :: dist.get_world_size()] if many_processes() else items
+
+
+def all_sum(tensor):
+    """The sum over the processes."""
+    if many_processes():
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def gather(items):
+    """The lists of all processes' shares, put together again in the order before `share`."""
+    if not many_processes():
+        return items
+    parts = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, items)
+    together = [None] * sum(map(len, parts))
+    for rank, part in enumerate(parts):
+        together[rank :: len(parts)] = part
+    return together
 
 
 def add(stats, **counts):

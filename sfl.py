@@ -23,33 +23,40 @@ One iteration of training, `train` from top to bottom:
     questions --choose--> prompts --rollout.generate--> rollouts --eval.rewards--> rewards
         ^                                                                            |
         +--- learnability <--- successes      policy <--ppo.update-- advantages <----+
-                                              (ppo: critic; vineppo: Monte Carlo; grpo, rloo: group)
+            ppo: critic; vineppo: Monte Carlo; grpo, rloo: group; expert, rcrl: imitation, sft.py
 
-The curricula differ in nothing but the choice of questions: `uniform` takes all alike; `sfl` scores
-candidates now and then and buffers the most learnable; `lilo` and `dapo` draw more than they need
-and train on those that turn out learnable; `posterior` knows from the training rollouts so far.
+The curricula: `uniform` takes all questions alike; `sfl` scores candidates now and then and buffers
+the most learnable; `lilo` and `dapo` draw more than they need and train on those that turn out
+learnable; `posterior` knows from the training rollouts so far.
 """
 
+import contextlib
+import copy
 import itertools
 import json
 import math
 import os
+import signal
 import sys
+import threading
 import time
 from dataclasses import dataclass
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import torch
+import torch.distributed as dist
+from tqdm import tqdm
 
 import data
 import eval as evaluation
 import ppo
 import sft
 import vineppo
-from rollout import generate, progress_bar
+from rollout import ENGINES, Rollout, all_sum, generate, many_processes, progress_bar, rank
 
 
 def learnability(successes, attempts):
@@ -68,30 +75,11 @@ def learnability(successes, attempts):
     return (successes * (attempts - successes) / (attempts * (attempts - 1)))[()]
 
 
-@dataclass
-class Batch:
-    """Questions, n responses to each, and how these were graded."""
-
-    questions: np.ndarray  # (Q,) which of the training questions
-    groups: list  # Q lists of n Rollouts
-    rewards: np.ndarray  # (Q, n)
-    seconds: float = 0.0  # what sampling them took
-
-    def learnability(self):
-        return learnability(self.rewards.sum(1), self.rewards.shape[1])  # (Q,)
-
-    def take(self, rows):
-        groups = [self.groups[i] for i in rows]
-        return Batch(self.questions[rows], groups, self.rewards[rows], self.seconds)
-
-    def tokens(self):
-        return sum(len(rollout.response) for group in self.groups for rollout in group)
-
-
 # --------------------------------------------------------------------------- the curricula
-# Each takes the settings, its own state (a dict of plain numbers and lists, saved with the
-# checkpoint), the iteration from 0, the number of questions, a numpy Generator, and `sample`:
-# sample(questions, n) -> Batch. Each returns the Batch to train on, and what to log.
+# Each takes the settings, its own state (plain numbers and lists, saved with the checkpoint), the
+# iteration from 0, the number of questions, a numpy Generator, and `sample`: sample(questions, n)
+# -> Batch: .questions, .groups (n responses to each), .rewards (questions, n). Each returns the
+# Batch to train on, and what to log.
 
 
 def uniform(args, state, iteration, size, rng, sample):
@@ -182,15 +170,20 @@ CURRICULA = {"uniform": uniform, "sfl": sfl, "lilo": lilo, "dapo": dapo, "poster
 # --------------------------------------------------------------------------- training
 
 
-def train(args):
+def train(args, signals=None):
     """The whole job. Writes config.json, metrics.jsonl, evaluation.json, model/ and state/ into
-    args.out. Returns the held-out evaluations before and after."""
+    args.out. Returns the held-out evaluations before and after. signals: see `signals_wait`. Stop:
+    the run has ended early, and is saved."""
     run = setup(args)
+    run.signals = signals or SimpleNamespace(came=[])
     before = start_or_resume(run, args)
     result = before["greedy"]
-    logged = (run.out / "metrics.jsonl").open("a")
-    bar = progress_bar(run.out.name, args.iterations, "iteration", initial=run.start)
+    log = Log(run.out, args)
+    bar = progress_bar(run.out.name, args.iterations, "iteration", rank() == 0, run.start)
+    run.signals.wait = True  # for the end of an iteration
     for iteration in range(run.start, args.iterations):
+        if out_of_patience(args, run.state):
+            break
         # 1. choose questions, sample responses, grade them
         run.sample.begin(iteration)
         choose = CURRICULA[args.curriculum]
@@ -201,7 +194,7 @@ def train(args):
 
         # 2. credit: one advantage a response token
         clock = time.perf_counter()
-        values = returns = None
+        advantages = values = returns = None
         if args.algo == "ppo":
             advantages, values, returns = ppo.critic_advantages(
                 run.critic, rollouts, batch.rewards.flatten(), run.settings
@@ -209,7 +202,7 @@ def train(args):
         elif args.algo == "vineppo":
             advantages, spent = monte_carlo_credit(args, run, batch)
             row |= spent
-        else:
+        elif args.algo in ("grpo", "rloo"):
             scores = ppo.group_advantages(batch.rewards, how=args.algo)
             advantages = ppo.per_token(rollouts, scores.flatten())
         if args.algo in ("ppo", "vineppo"):
@@ -218,16 +211,19 @@ def train(args):
 
         # 3. update
         clock = time.perf_counter()
-        set_learning_rates(args, run.optimizer, iteration)
+        prepare_update(args, run.optimizer, iteration)
         ref_logprobs = None
         if args.kl_coef > 0:
             ref_logprobs = ppo.rollout_logprobs(run.reference, rollouts, run.settings)
         elif args.kl_sample > 0:
             row["kl"] = kl_to_start(args, run, rollouts)
-        row |= ppo.update(
-            run.policy, run.optimizer, rollouts, advantages, run.settings, rng=run.rng,
-            ref_logprobs=ref_logprobs, critic=run.critic, values=values, returns=returns,
-        )  # fmt: skip
+        if args.algo in sft.IMITATORS:
+            row |= imitate(args, run, batch)
+        else:
+            row |= ppo.update(
+                run.policy, run.optimizer, rollouts, advantages, run.settings, rng=run.rng,
+                ref_logprobs=ref_logprobs, critic=run.critic, values=values, returns=returns,
+            )  # fmt: skip
         row["seconds_update"] = time.perf_counter() - clock
 
         # 4. measure, log, save
@@ -236,13 +232,17 @@ def train(args):
         if last or (iteration + 1) % args.eval_every == 0:
             result = run.evaluate()
             row |= {f"eval_{key}": result[key] for key in EVALUATED}
-        logged.write(json.dumps(row) + "\n")
-        logged.flush()
-        if last or (iteration + 1) % args.save_every == 0:
+            run.state.setdefault("accuracies", []).append(result["accuracy"])
+            last = last or out_of_patience(args, run.state)
+        log(row)
+        stop = reason_to_stop(run)
+        if last or stop or (iteration + 1) % args.save_every == 0:
             save(run, iteration + 1)
         advance(bar, row, result)
+        if stop:
+            raise stop
+    run.signals.wait = False
     bar.close()
-    logged.close()
     after = {"greedy": result, "sampled": run.evaluate(samples=8)}
     write(run.out / "evaluation.json", json.dumps({"before": before, "after": after}))
     return before, after
@@ -251,6 +251,26 @@ def train(args):
 # ==================================================================================================
 # That is the method. Below: what a run consists of, checkpoints, settings, the command line.
 # ==================================================================================================
+
+
+@dataclass
+class Batch:
+    """Questions, n responses to each, and how these were graded."""
+
+    questions: np.ndarray  # (Q,) which of the training questions
+    groups: list  # Q lists of n Rollouts
+    rewards: np.ndarray  # (Q, n)
+    seconds: float = 0.0  # what sampling them took
+
+    def learnability(self):
+        return learnability(self.rewards.sum(1), self.rewards.shape[1])  # (Q,)
+
+    def take(self, rows):
+        groups = [self.groups[i] for i in rows]
+        return Batch(self.questions[rows], groups, self.rewards[rows], self.seconds)
+
+    def tokens(self):
+        return sum(len(rollout.response) for group in self.groups for rollout in group)
 
 
 def most(scores, k, rng):
@@ -278,6 +298,8 @@ class Sampler:
     def __call__(self, chosen, n):
         start = time.perf_counter()
         prompts = [self.prompts[i] for i in chosen]
+        if self.args.algo == "rcrl" and self.iteration == 0:  # the tag is not learned yet
+            prompts = [data.with_tag(self.tokenizer, prompt, None) for prompt in prompts]
         groups = generate(self.policy, prompts, n=n, seed=self.seed(), **self.generation)
         rewards = self.grade(self.tokenizer, [self.questions[i] for i in chosen], groups)
         batch = Batch(np.asarray(chosen), groups, rewards, time.perf_counter() - start)
@@ -350,6 +372,25 @@ def monte_carlo_credit(args, run, batch):
     return advantages, logged
 
 
+def imitate(args, run, batch):
+    """A round of expert iteration or return-conditioned RL, on all that was kept so far."""
+    kept = run.state.setdefault("kept", [])
+    sft.keep(kept, args.algo, batch.questions, batch.groups, batch.rewards)
+    prompts = run.sample.prompts
+    stops = set(data.stop_ids(run.policy, run.tokenizer))
+    examples = list(run.demonstrations)
+    for question, reward, response in kept:
+        prompt = prompts[question]
+        if args.algo == "rcrl":
+            prompt = data.with_tag(run.tokenizer, prompt, reward)
+        examples.append(Rollout(prompt, response, [], response[-1] in stops))
+    start = run.reference if args.expert_from == "initial" else None
+    return sft.imitate(
+        run.policy, start, examples, epochs=args.epochs, minibatch=args.minibatch,
+        lr=run.optimizer.param_groups[0]["lr"], settings=run.settings, rng=run.rng,
+    )  # fmt: skip
+
+
 def group_of(question, prompt):
     """What stands for a question's difficulty: its level, else its prompt's length."""
     return str(question.level or f"length {4 * math.log2(len(prompt)):.0f}")
@@ -382,6 +423,13 @@ def batch_metrics(run, iteration, batch, rollouts):
     }
 
 
+def out_of_patience(args, state):
+    """Is none of the last `patience` evaluations better than those before?"""
+    accuracies = state.get("accuracies", [])
+    earlier, latest = accuracies[: -args.patience], accuracies[-args.patience :]
+    return bool(args.patience and earlier and max(latest) <= max(earlier))
+
+
 EVALUATED = ("accuracy", "accuracy_se", "response_length")
 
 
@@ -392,6 +440,105 @@ def advance(bar, row, result):
     bar.update()
 
 
+class Log:
+    """metrics.jsonl, a row an iteration; TensorBoard and Weights & Biases, where asked for; and
+    what a row warns of, once each, on stderr."""
+
+    def __init__(self, out, args):
+        self.rows, self.warned = [], set()
+        self.file = (out / "metrics.jsonl").open("a") if rank() == 0 else None
+        self.tensorboard = self.wandb = None
+        if args.tensorboard and rank() == 0:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.tensorboard = SummaryWriter(out / "tensorboard")
+        if args.wandb and rank() == 0:
+            import wandb
+
+            self.wandb = wandb.init(project="sfl", name=out.name, config=vars(args))
+
+    def __call__(self, row):
+        self.rows = [*self.rows[-9:], row]
+        if self.file is None:
+            return
+        print(json.dumps(row), file=self.file, flush=True)
+        for name, text in alarms(self.rows):
+            if name not in self.warned:
+                self.warned.add(name)
+                tqdm.write(f"iteration {row['iteration']}: {text}", file=sys.stderr)
+        numbers = {name: x for name, x in row.items() if isinstance(x, (int, float))}
+        if self.tensorboard:
+            for name, number in numbers.items():
+                self.tensorboard.add_scalar(name, number, row["iteration"])
+        if self.wandb:
+            self.wandb.log(numbers, step=row["iteration"])
+
+
+def alarms(rows):
+    """(name, what is wrong and what to try) of what the last ten rows show."""
+    row = rows[-1]
+    if row.get("nonfinite_steps"):
+        yield "nan", "a NaN or an infinity, no step was made: lower --lr"
+    if row.get("kl", 0) > 1:
+        yield "kl", f"the KL to the start is {row['kl']:.2f} a token: lower --lr, raise --kl_coef"
+    if row["truncated"] > 0.5:
+        share = f"{row['truncated']:.0%} of the responses run into --max_new_tokens"
+        yield "truncated", f"{share}, which is worth 0: raise it, or --stop TEXT"
+    if len(rows) < 10:
+        return
+    if all(row["learnable"] == 0 for row in rows):
+        what = "nothing to learn: in ten iterations no question was solved by some of its responses"
+        yield "agree", f"{what}; try easier or harder questions, or --curriculum lilo"
+    if len({row["reward_mean"] for row in rows}) == 1:
+        what = f"the mean reward has been {row['reward_mean']:.3g} for ten iterations"
+        yield "reward", f"{what}: look at the responses (eval.py --save_samples), or --last_number"
+    if all(row["entropy"] < 0.01 and row["reward_mean"] < 0.95 for row in rows):
+        yield "entropy", "the entropy has collapsed, all responses are alike: lower --lr"
+
+
+class Stop(Exception):
+    """Ends a run that is saved. code: the exit code."""
+
+    def __init__(self, text, code):
+        super().__init__(text)
+        self.code = code
+
+
+def reason_to_stop(run):
+    """A Stop, or None: somebody asked, or three steps in a row were not finite."""
+    asked = all_sum(torch.tensor(float(len(run.signals.came))))  # all stop at the same iteration
+    if asked:
+        return Stop("interrupted", 128 + (run.signals.came or [signal.SIGTERM])[0])
+    bad = [getattr(model, "bad_steps", 0) for model in (run.policy, run.critic)]
+    if max(bad) >= 3:
+        which = "the policy" if bad[0] >= 3 else "the critic"
+        return Stop(f"three NaN or infinite steps of {which} in a row: lower --lr", 2)
+    return None
+
+
+@contextlib.contextmanager
+def signals_wait():
+    """SIGTERM and Ctrl-C fill `.came` and, where `.wait` says so, let the iteration finish; the
+    second one interrupts at once."""
+    signals = SimpleNamespace(came=[], wait=False)
+
+    def ask(number, frame):
+        signals.came.append(number)
+        if not signals.wait or len(signals.came) > 1:
+            raise KeyboardInterrupt
+        print("\nfinishing this iteration; Ctrl-C again: at once", file=sys.stderr)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield signals  # signals are not this thread's
+        return
+    before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield signals
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def kl_to_start(args, run, rollouts):
     """k3 a token of a few of the rollouts, when the loss does not need it."""
     some = rollouts[:: max(1, len(rollouts) // args.kl_sample)]
@@ -400,8 +547,10 @@ def kl_to_start(args, run, rollouts):
     return float(ppo.kl_k3(ref, sampled).mean())
 
 
-def set_learning_rates(args, optimizer, iteration):
+def prepare_update(args, optimizer, iteration):
     """Linear warm-up; then constant, or (linear) down to 0 behind the last iteration."""
+    if args.offload_optimizer:
+        ENGINES.clear()  # memory is tight: before an update the cache of keys and values goes
     warm = args.warmup * args.iterations
     share = min(1.0, (iteration + 1) / max(1, warm))
     if args.lr_schedule == "linear":
@@ -415,40 +564,70 @@ def setup(args):
     out = Path(args.out)
     evaluation.set_judges(args.judges)
     device = data.pick_device(args.device)
+    if device == "cuda" and many_processes():
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
     if args.model == "tiny":
-        torch.set_num_threads(1)  # too small to share among cores
+        torch.set_num_threads(min(2, torch.get_num_threads()))  # too small for more
     bfloat16 = args.dtype == "bfloat16" or (args.dtype == "auto" and device.startswith("cuda"))
     half = torch.bfloat16 if bfloat16 else None
     fields = {name: getattr(args, f"{name}_field") for name in ("question", "answer", "solution")}
-    load = partial(data.load_questions, args.dataset, data_dir=args.data_dir, fields=fields)
+    load = partial(
+        data.load_questions, args.dataset, data_dir=args.data_dir, fields=fields, bits=args.bits
+    )
     questions, held_out = load("train"), load("test", limit=args.eval_limit or None)
     check(args, len(questions))  # before the work of making or loading a model
-    base = sft.tiny_base(args.cache) if args.model == "tiny" else args.model
+    base = args.model
+    if args.model == "tiny":
+        show = rank() == 0
+        how = {"bits": args.bits, "p_cot": args.p_cot, "progress": show}
+        base = sft.tiny_base(args.cache, args.dataset, **how)
     saved = out / "model"
     policy, tokenizer = data.load_model(saved if saved.exists() else base, device=device)
+    reference = None
+    if args.kl_coef > 0 or args.kl_sample > 0 or args.algo in sft.IMITATORS:
+        # nobody trains it: half the bytes, unless its weights are where a round starts
+        low = half is not None and args.algo not in sft.IMITATORS
+        dtype = "bfloat16" if low else "float32"
+        reference, its_tokenizer = data.load_model(base, device=device, dtype=dtype)
+        reference.requires_grad_(False)
+    untagged = tokenizer
+    if args.algo == "rcrl":
+        untagged = copy.deepcopy(its_tokenizer)
+        data.add_tags(policy, tokenizer, args.chat)
+        data.add_tags(reference, its_tokenizer, args.chat)
     stop_ids = evaluation.stops(policy, tokenizer, args.stop)
     questions, prompts = fitting(args, tokenizer, policy, questions, "training")
     held_out, _ = fitting(args, tokenizer, policy, held_out, "held-out")
     check(args, len(questions))  # some may have been left out
+    check_start(args, policy, tokenizer, questions, prompts)
     if args.gradient_checkpointing:
         policy.gradient_checkpointing_enable()
     critic = ppo.ValueModel(policy) if args.algo == "ppo" else None
     parameters = [{"params": policy.parameters(), "lr": args.lr}]
     if critic is not None:
         parameters.append({"params": critic.parameters(), "lr": args.critic_lr})
-    reference = None
-    if args.kl_coef > 0 or args.kl_sample > 0:
-        reference = data.load_model(base, device=device)[0].requires_grad_(False)
+    demonstrations = []
+    if args.solutions:
+        shown = [q for q in questions if q.solution]
+        if not shown:
+            raise ValueError(f"--solutions: {args.dataset} has none; leave the flag out")
+        texts = [q.solution for q in shown]
+        demonstrations = sft.demonstrations(tokenizer, shown, texts, args.chat)
+
+    optimizer = torch.optim.AdamW(parameters, weight_decay=0.0)
+    if args.offload_optimizer:
+        optimizer.register_step_pre_hook(lambda *_: move_state(optimizer, device))
+        optimizer.register_step_post_hook(lambda *_: move_state(optimizer, "cpu"))
 
     generation = {name: getattr(args, name) for name in ("max_new_tokens", "temperature", "top_p")}
     cost = {"engine": args.engine, "slots": args.slots or None, "dtype": half}
-    cost |= {"progress": sys.stderr.isatty(), "stop_ids": stop_ids}
+    cost |= {"progress": sys.stderr.isatty() and rank() == 0, "stop_ids": stop_ids}
     generation |= cost
     names = ("temperature", "gamma", "lam", "clip", "value_clip", "kl_coef", "epochs", "minibatch")
     names += ("max_grad_norm", "max_ratio", "tokens_per_microbatch", "loss_average")
     settings = ppo.Settings(autocast=half, **{name: getattr(args, name) for name in names})
 
-    def evaluate(samples=1):
+    def evaluate(samples=1, tokenizer=tokenizer):
         """Greedy on the held-out questions; with samples, at the training temperature."""
         sampling = {"max_new_tokens": args.max_new_tokens}
         if samples > 1:
@@ -467,8 +646,10 @@ def setup(args):
         tokenizer=tokenizer,
         critic=critic,
         reference=reference,
-        optimizer=torch.optim.AdamW(parameters, weight_decay=0.0),
+        optimizer=optimizer,
         settings=settings,
+        demonstrations=demonstrations,
+        untagged=untagged,
         sample=Sampler(args, policy, tokenizer, questions, prompts, generation),
         evaluate=evaluate,
         rng=np.random.default_rng(args.seed),
@@ -476,6 +657,14 @@ def setup(args):
         size=len(questions),
         start=0,
     )
+
+
+def move_state(optimizer, device):
+    """Adam's moments, to where they are needed or to where they wait."""
+    for state in optimizer.state.values():
+        for name, tensor in state.items():
+            if tensor.dim() > 0:  # not the step's number, which Adam wants on the CPU
+                state[name] = tensor.to(device)
 
 
 def fitting(args, tokenizer, policy, questions, which):
@@ -513,26 +702,32 @@ def fitting(args, tokenizer, policy, questions, which):
 def start_or_resume(run, args):
     """Prepare the run's folder, or load its checkpoint; a run that was stopped before its first one
     starts anew. Returns the evaluation before training."""
-    run.out.mkdir(parents=True, exist_ok=True)
+    if rank() == 0:
+        run.out.mkdir(parents=True, exist_ok=True)
     write(run.out / "config.json", json.dumps(vars(args), indent=1) + "\n")
     if (run.out / "state" / "training.pt").exists():
         load_state(run)
     if run.start == 0:
-        before = {"greedy": run.evaluate(), "sampled": run.evaluate(samples=8)}
+        how = {"tokenizer": run.untagged}  # rcrl: the tags are not learned yet
+        before = {"greedy": run.evaluate(**how), "sampled": run.evaluate(samples=8, **how)}
         write(run.out / "evaluation.json", json.dumps({"before": before}))
         save(run, 0)
+        return before
     return json.loads((run.out / "evaluation.json").read_text())["before"]
 
 
 def write(path, text):
     """The file is the old one or the new one, whatever interrupts this."""
-    path.with_suffix(".tmp").write_text(text)
-    os.replace(path.with_suffix(".tmp"), path)
+    if rank() == 0:
+        path.with_suffix(".tmp").write_text(text)
+        data.put_in_place(path.with_suffix(".tmp"), path)
 
 
 def save(run, iteration):
     """state/training.pt holds everything a resume needs, the weights that belong to it too: one
     file, renamed over the old one, so that an interrupted save leaves the previous checkpoint."""
+    if rank() > 0:
+        return
     folder = run.out / "state"
     folder.mkdir(exist_ok=True)
     rng = run.rng.bit_generator.state
@@ -543,8 +738,14 @@ def save(run, iteration):
         "critic": run.critic and run.critic.state_dict(),
         "optimizer": run.optimizer.state_dict(),
     }
-    torch.save(state, folder / "training.tmp")
-    os.replace(folder / "training.tmp", folder / "training.pt")
+    try:
+        torch.save(state, folder / "training.tmp")
+        data.put_in_place(folder / "training.tmp", folder / "training.pt")
+    except (OSError, RuntimeError) as error:  # a full disk is either
+        reason = data.first_line(error)
+        raise OSError(
+            f"cannot save in {folder} ({reason}): its last checkpoint is whole"
+        ) from error
     data.save_model(run.policy, run.tokenizer, run.out / "model")
 
 
@@ -554,21 +755,47 @@ def load_state(run):
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         loop = json.loads(state["loop"])
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        run.policy.load_state_dict(state["policy"])
+        if run.critic is not None:
+            run.critic.load_state_dict(state["critic"])
+        run.optimizer.load_state_dict(state["optimizer"])
+    except Exception as error:  # cut off, another program's, another model's
         raise ValueError(
             f"--resume {run.out}: no usable {path} ({data.first_line(error)}): start anew with "
             "--out"
         ) from error
-    run.policy.load_state_dict(state["policy"])
-    if run.critic is not None:
-        run.critic.load_state_dict(state["critic"])
-    run.optimizer.load_state_dict(state["optimizer"])
     run.rng.bit_generator.state = loop["rng"]
     run.state.update(loop["curriculum"])
     run.start = loop["iteration"]
     metrics = run.out / "metrics.jsonl"
     rows = metrics.read_text().splitlines(keepends=True) if metrics.exists() else []
     write(metrics, "".join(rows[: run.start]))
+
+
+# --------------------------------------------------------------------------- several processes
+# torchrun --nproc_per_node=2 sfl.py ...: see rollout.py
+
+
+@contextlib.contextmanager
+def several_processes():
+    """Under torchrun, the process group; else nothing."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        yield
+        return
+    cuda = torch.cuda.is_available()
+    if cuda:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def from_first_process(objects):
+    if many_processes():
+        dist.broadcast_object_list(objects)
+    return objects
 
 
 # --------------------------------------------------------------------------- will it fit?
@@ -594,20 +821,26 @@ def memory(args, model, half):
     activations = tokens * layers * kept
     if args.gradient_checkpointing:
         activations = tokens * (layers * 4 * hidden + kept)
+    has_reference = args.kl_coef > 0 or args.kl_sample > 0
     logits = 8 * min(tokens * config.vocab_size, 2**25)  # a chunk and its softmax
-    return {
+    owners = {
         "policy": policy + policy / 2 * half,  # and its copy that decodes
         "critic": critic,
-        "reference": policy * (args.kl_coef > 0 or args.kl_sample > 0),
+        "reference": policy * has_reference * (0.5 if half else 1),
         "optimizer": 2 * (policy + critic),
         "gradients": max(policy, critic),
-        "cache": slots * (columns * 2 * layers * kv * width + 16 * config.vocab_size),
+        "cache": (not args.offload_optimizer)
+        * slots
+        * (columns * 2 * layers * kv * width + 16 * config.vocab_size),
         "activations": activations + logits,
     }
+    if args.offload_optimizer:  # then these are never on the device together
+        owners[min("optimizer", "activations", key=owners.get)] = 0
+    return owners
 
 
 PROMPT = 256  # tokens of a question, taken to be the longest
-LESS = "--gradient_checkpointing, --tokens_per_microbatch, --slots, --max_new_tokens"
+LESS = "--offload_optimizer, --gradient_checkpointing, --tokens_per_microbatch, --slots"
 
 
 def dry_run(args):
@@ -644,7 +877,7 @@ def dry_run(args):
 
 # See data.read_settings. Behind the comma: the papers' on GSM8K (arXiv 2502.12272, 2410.01679).
 SETTINGS = """
-algo             ppo            ppo|vineppo|grpo|rloo how a reward becomes credit
+algo             ppo            ppo|vineppo|grpo|rloo|expert|rcrl what a reward is turned into
 curriculum       posterior,sfl  uniform|sfl|lilo|dapo|posterior how questions are chosen
 iterations       76,650         1..   iterations of training
 seed             0              0..   of everything random in the training
@@ -686,8 +919,13 @@ mc_max_steps     0              0..   vineppo: steps whose end is estimated; 0: 
 mc_spend         all            all|bisect vineppo: estimate all states, or where values change
 steps            auto           auto|lines|math vineppo: steps are lines, sentences, as data has it
 
+expert_from      initial        initial|last expert, rcrl: the model that a round fine-tunes
+solutions        off            -     expert, rcrl: imitate the data set's own solutions, too
+patience         0              0..   end after so many evaluations with no better one; 0: never
+
 tokens_per_microbatch 2048,16384     1..   padded tokens at a time; lower it if memory runs out
 gradient_checkpointing off            -     recompute activations in the backward pass: less memory
+offload_optimizer off           -     Adam's moments wait in host memory: less on the GPU, slower
 slots            0              0..   sequences decoded at once; 0: by free memory
 
 eval_every       10,25          1..   iterations between two evaluations (held-out, greedy)
@@ -696,6 +934,8 @@ save_every       10,25          1..   iterations between two checkpoints
 
 preset           -              -     a paper's run by name; other flags change it
 dataset          arithmetic     -     names, joined by commas, or a file's or folder's path
+bits             24             2..60 parity: bits of a question
+p_cot            0.25           0..1  parity: share of the demonstrations that are long
 data_dir         -              -     a folder with the named data set's files, instead of the hub
 question_field   -              -     the rows' name for the question; as usual: found by itself
 answer_field     -              -     and for the answer
@@ -712,6 +952,8 @@ stop             -              -     a text that ends a response and is not gra
 judges           0              0..   processes that compare LaTeX answers; 0: one a core
 last_number      off            -     a response with no marked answer is graded by its last number
 skip_long        off            -     leave out questions that do not fit the context
+tensorboard      off            -     log to TensorBoard, too (in the run's folder)
+wandb            off            -     log to Weights & Biases, too
 cache            runs/cache     -     where the tiny starting model is kept
 """
 # The papers' runs. PPO by default; --algo vineppo is the other. What is not said is the table's.
@@ -731,8 +973,24 @@ PRESETS = {
     "lilo-math": f"{MATH} --curriculum lilo",
     "grpo-orz": "--algo grpo --dataset orz --curriculum lilo",
 }
+# What is usual for who imitates: few rounds of many samples. Arithmetic and parity, other data.
+ROUNDS = "--questions 256 --minibatch 64 --eval_every 1 --save_every 1"
+ROUNDS_OTHER = "--questions 1024 --lr 1e-5 --eval_every 1 --save_every 1"
+IMITATION = {
+    "expert": (f"{ROUNDS} --iterations 12 --lr 1e-3 --epochs 3", f"{ROUNDS_OTHER} --iterations 8"),
+    "rcrl": (
+        f"{ROUNDS} --iterations 8 --lr 2e-3 --epochs 2 --expert_from last",
+        f"{ROUNDS_OTHER} --iterations 8",
+    ),
+}
 CHANGEABLE = ("iterations", "device", "tokens_per_microbatch", "slots", "eval_every", "save_every")
-CHANGEABLE += ("gradient_checkpointing", "data_dir", "cache", "judges")  # on --resume
+CHANGEABLE += (
+    "gradient_checkpointing",
+    "offload_optimizer",
+    "data_dir",
+    "cache",
+    "judges",
+)  # on --resume
 
 
 def parse(argv=None):
@@ -746,7 +1004,9 @@ def parse(argv=None):
             raise ValueError(f"--preset {flags['preset']}: choose from {', '.join(PRESETS)}")
         preset = PRESETS[flags["preset"]].split()
         flags = data.parse_flags(SETTINGS, "", preset) | flags  # what is given has the last word
-    other = flags.get("dataset", "arithmetic") != "arithmetic"
+    other = flags.get("dataset", "arithmetic") not in data.MADE_HERE
+    usual = IMITATION.get(flags.get("algo"), ("", ""))[other].split()
+    flags = data.parse_flags(SETTINGS, "", usual) | flags
     defaults = {name: row[other] for name, row in data.read_settings(SETTINGS).items()}
     args = SimpleNamespace(**defaults | flags)
     check(args)
@@ -795,6 +1055,9 @@ def check(args, size=None):
         )
     if args.model == "tiny":
         sft.check_tiny(args)
+    for flag, package in (("tensorboard", "tensorboard"), ("wandb", "wandb")):
+        if getattr(args, flag) and find_spec(package) is None:
+            raise ValueError(f"--{flag} needs a package: pip install {package}")
     sizes = {"questions": args.questions}
     chosen = round(args.rho * args.questions)
     at_most = []  # (flag, its value, what it may not pass, that one's value, which to change)
@@ -815,6 +1078,35 @@ def check(args, size=None):
             raise ValueError(f"--{name} {value} is more than {what} {limit}: {way_out}")
 
 
+def check_start(args, policy, tokenizer, questions, prompts, count=16):
+    """ValueError, or a line on stderr, for what would train quietly on nonsense."""
+    rows = len(policy.get_input_embeddings().weight)
+    if len(tokenizer) > rows:
+        raise ValueError(
+            f"--model {args.model}: its tokenizer has {len(tokenizer)} tokens, its embedding "
+            f"{rows} rows: they are not of one model"
+        )
+    if len(set(map(tuple, prompts))) == 1 < len({question.prompt for question in questions}):
+        raise ValueError(
+            "all prompts are alike: the chat template leaves the question out: give --chat off"
+        )
+    some = questions[:: max(1, len(questions) // count)]
+    refused = [q for q in some if evaluation.grade(f"\\boxed{{{q.answer}}}", q) == 0]
+    if len(refused) == len(some):
+        answer = refused[0].answer[:40]
+        raise ValueError(
+            f"no grader accepts the gold answers of {args.dataset} (such as {answer!r}), not even "
+            "themselves: give --answer_field the field with the bare answer"
+        )
+    if rank() > 0:
+        return
+    if refused:
+        share = f"{len(refused)} of {len(some)} gold answers looked at"
+        print(f"{share} are not accepted by their own grader", file=sys.stderr)
+    if tokenizer.chat_template and args.chat == "off" and args.algo != "rcrl":
+        print("--chat off: this model has a chat template, and is prompted raw", file=sys.stderr)
+
+
 def summary(out, before, after):
     """What the command prints in the end."""
     lines = ["", evaluation.table({"before": before["greedy"], "after": after["greedy"]})]
@@ -829,17 +1121,21 @@ def summary(out, before, after):
 
 
 def main(argv=None):
-    args = parse(argv)
-    if args.dry_run:
-        return print(dry_run(args))
-    try:
-        before, after = train(args)
-    except KeyboardInterrupt:
-        started = Path(args.out, "config.json").exists()
-        way_out = f"go on from the last checkpoint with --resume {args.out}"
-        print("\ninterrupted: " + (way_out if started else "nothing saved"), file=sys.stderr)
-        sys.exit(130)
-    print(summary(Path(args.out), before, after))
+    with several_processes(), signals_wait() as signals:
+        [args] = from_first_process([parse(argv) if rank() == 0 else None])
+        if args.dry_run:
+            return rank() or print(dry_run(args))
+        try:
+            before, after = train(args, signals)
+        except (KeyboardInterrupt, Stop) as end:
+            started = Path(args.out, "config.json").exists()
+            way_out = f"go on from the last checkpoint with --resume {args.out}"
+            what = str(end) or "interrupted"
+            if rank() == 0:
+                print(f"\n{what}: {way_out if started else 'nothing saved'}", file=sys.stderr)
+            sys.exit(getattr(end, "code", 130))
+        if rank() == 0:
+            print(summary(Path(args.out), before, after))
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Questions, data sets in every shape they come in, text and tokens, models on disk."""
 
+import copy
 import json
 import os
 import random
@@ -9,9 +10,10 @@ from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
-from conftest import read_rows, write_rows
+from conftest import read_rows, small_llama, write_rows
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
@@ -416,7 +418,12 @@ def test_malformed_files_of_other_formats(tmp_path, file, content, message):
 @pytest.mark.parametrize(
     "message, dataset, split, settings",
     [
-        ("unknown data set 'gsm9k': give arithmetic, gsm8k, .* or the path", "gsm9k", "train", {}),
+        (
+            "unknown data set 'gsm9k': give arithmetic, parity, gsm8k, .* or the path",
+            "gsm9k",
+            "train",
+            {},
+        ),
         ("unknown data set 'gsm9k'", "arithmetic,gsm9k", "train", {}),
         ("unknown split 'dev': give train, test or all", "arithmetic", "dev", {}),
         ("missing.jsonl: .*No such file", "missing.jsonl", "train", {}),
@@ -653,3 +660,94 @@ def test_a_data_set_of_the_hub_by_its_id(monkeypatch):
         ("x?", "\\pi", "math"),
     ]
     refused("no text in a field 'question'", "some-one/some.thing", "test")
+
+
+# --------------------------------------------------------------------------- parity
+
+
+def test_parity_is_the_sum_of_the_bits_and_its_solution_is_worked_out():
+    splits = {split: data.parity(200, 3, 12, split) for split in ("train", "test")}
+    for questions in splits.values():
+        assert len({q.prompt for q in questions}) == 200
+        for question in questions:
+            bits = [int(bit) for bit in question.prompt.strip()]
+            assert len(bits) == question.level == 12 and int(question.answer) == sum(bits) % 2
+            running, _, answer = question.solution.partition("#### ")
+            assert [int(bit) for bit in running] == (np.cumsum(bits) % 2).tolist()
+            assert answer == question.answer and grade(question.solution, question) == 1
+            assert grade(data.short_solution(question), question) == 1
+            assert grade(f"#### {1 - int(question.answer)}", question) == 0
+    assert not {q.prompt for q in splits["train"]} & {q.prompt for q in splits["test"]}
+    odd = np.mean([int(q.answer) for q in splits["train"]])
+    assert 0.4 < odd < 0.6
+
+
+def test_parity_of_few_bits_has_few_questions():
+    sizes = [len(load_questions("parity", split, bits=6)) for split in ("train", "test")]
+    assert sizes == [28, 3]
+
+
+# --------------------------------------------------------------------------- tags
+
+
+def short_model(tokenizer, rows):
+    return small_llama(rows, eos_token_id=tokenizer.eos_token_id)
+
+
+@pytest.mark.parametrize("spare", [0, 8])  # rows of the embedding that no token uses
+def test_tags_are_new_tokens_that_start_every_prompt(spare, tmp_path):
+    tokenizer = sft.tiny_tokenizer()
+    [question] = data.arithmetic(1, 0, {2: 1})
+    [plain] = data.encode_prompts(tokenizer, [question])
+    rows = len(tokenizer) + spare
+    model = short_model(tokenizer, rows)
+    before = model.get_input_embeddings().weight.detach().clone()
+    data.add_tags(model, tokenizer)
+    bad, good = data.tag_ids(tokenizer)
+    after = model.get_input_embeddings().weight
+    assert len(after) == rows + (0 if spare else 2) and len({bad, good}) == 2
+    assert torch.equal(after[: min(bad, good)], before[: min(bad, good)])
+    assert torch.allclose(after[good], before[: rows - spare].mean(0))
+    for chat in ("auto", "on", "off"):  # there is no other way to ask it
+        assert data.encode_prompts(tokenizer, [question], chat=chat) == [[good, *plain]]
+    assert data.with_tag(tokenizer, [good, *plain], 0) == [bad, *plain]
+    assert data.with_tag(tokenizer, [good, *plain], 1) == [good, *plain]
+    assert data.with_tag(tokenizer, [good, *plain], None) == plain
+
+    data.save_model(model, tokenizer, tmp_path / "model")
+    loaded, its_tokenizer = data.load_model(tmp_path / "model")
+    assert data.encode_prompts(its_tokenizer, [question]) == [[good, *plain]]
+    message = [{"role": "user", "content": question.prompt}]  # as anyone would
+    asked = its_tokenizer.apply_chat_template(message, add_generation_prompt=True)
+    asked = asked if isinstance(asked, list) else asked["input_ids"]
+    assert asked == [good, *plain]
+    weight = loaded.get_input_embeddings().weight.detach().clone()
+    data.add_tags(loaded, its_tokenizer)  # it has them
+    assert torch.equal(loaded.get_input_embeddings().weight, weight)
+    assert data.encode_prompts(its_tokenizer, [question]) == [[good, *plain]]
+
+
+@pytest.mark.parametrize("chat", ["auto", "off"])
+def test_tags_of_a_chat_model(bpe, chat):
+    tokenizer = copy.deepcopy(bpe)
+    tokenizer.chat_template = "{% for m in messages %}<|u|>{{ m['content'] }}{% endfor %}<|a|>"
+    question = Question("Say: 3 + 4", "7", question="3 + 4")
+    [without] = data.encode_prompts(tokenizer, [question], chat=chat)
+    data.add_tags(short_model(tokenizer, len(tokenizer)), tokenizer, chat)
+    [prompt] = data.encode_prompts(tokenizer, [question], chat=chat)
+    assert prompt == [data.tag_ids(tokenizer)[1], *without]
+
+
+def test_the_tag_follows_the_token_that_begins_a_text(bpe):
+    tokenizer = copy.deepcopy(bpe)
+    tokenizer.add_special_tokens({"bos_token": "<s>"})
+    post = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", tokenizer.bos_token_id)]
+    )
+    tokenizer.backend_tokenizer.post_processor = post
+    question = Question("Say: 3 + 4", "7", question="3 + 4")
+    [without] = data.encode_prompts(tokenizer, [question])
+    assert without[0] == tokenizer.bos_token_id
+    data.add_tags(short_model(tokenizer, len(tokenizer)), tokenizer)
+    [prompt] = data.encode_prompts(tokenizer, [question])
+    assert prompt == [without[0], data.tag_ids(tokenizer)[1], *without[1:]]

@@ -1,6 +1,7 @@
 """ppo.py against plain PyTorch, double loops and hand computation, on tiny random models."""
 
 import copy
+import itertools
 import math
 from types import SimpleNamespace
 
@@ -681,7 +682,7 @@ def test_nothing_to_learn_moves_nothing():
 
 
 @pytest.mark.parametrize("broken", ["policy", "critic"])
-def test_a_nan_stops_before_the_step(broken):
+def test_a_nan_makes_no_step_and_is_counted(broken):
     policy, rollouts = build(), some_rollouts()
     critic = ppo.ValueModel(policy)
     before = copy.deepcopy(policy if broken == "policy" else critic)
@@ -691,13 +692,61 @@ def test_a_nan_stops_before_the_step(broken):
         norm.weight[0] = float("nan")
     zeros = [torch.zeros(len(r.response)) for r in rollouts]
     critics = {"critic": critic, "values": zeros, "returns": noise(rollouts)}
-    with pytest.raises(FloatingPointError, match=f"{broken}.*no step"):
-        ppo.update(
-            policy, sgd(policy, critic), rollouts, noise(rollouts), ppo.Settings(), **critics
+    optimizer = sgd(policy, critic)
+    for in_a_row in (1, 2):
+        metrics = ppo.update(
+            policy, optimizer, rollouts, noise(rollouts), ppo.Settings(), **critics
         )
+        assert metrics["nonfinite_steps"] == 1
+        counts = [model.bad_steps for model in (policy, critic)]
+        assert counts == ([in_a_row, 0] if broken == "policy" else [0, in_a_row])
+        assert all(math.isfinite(value) for value in metrics.values())
+        assert metrics["optimizer_steps"] == (0 if broken == "policy" else 1)
     with torch.no_grad():
         norm.weight[0] = kept
     assert (difference(before, policy if broken == "policy" else critic) == 0).all()
+
+
+@pytest.mark.parametrize("fails", [1, 2, 5])
+def test_out_of_memory_halves_the_microbatches_and_changes_no_gradient(monkeypatch, fails):
+    """In forward passes of the policy, of the critic, and in the second minibatch."""
+
+    def run(policy):
+        critic = ppo.ValueModel(policy)
+        zeros = [torch.zeros(len(r.response)) for r in rollouts]
+        settings = ppo.Settings(tokens_per_microbatch=64, minibatch=len(rollouts) // 2)
+        critics = {"critic": critic, "values": zeros, "returns": noise(rollouts)}
+        metrics = ppo.update(
+            policy, sgd(policy, critic), rollouts, noise(rollouts), settings, **critics
+        )
+        return policy, critic, metrics, settings.tokens_per_microbatch
+
+    rollouts, calls = some_rollouts(), itertools.count(1)
+    *expected, metrics, budget = run(build())
+    assert budget == 64
+    pad = ppo.pad
+
+    def full(*arguments):
+        if next(calls) in range(fails, fails + 2):
+            raise torch.OutOfMemoryError("full")
+        return pad(*arguments)
+
+    monkeypatch.setattr(ppo, "pad", full)
+    with pytest.warns(UserWarning, match="--tokens_per_microbatch 32"):
+        *models, again, budget = run(build())
+    assert budget == 16
+    for model, other in zip(expected, models):
+        assert float(difference(model, other).abs().max()) < 1e-5
+    assert again == pytest.approx(metrics, rel=1e-3, abs=1e-5)
+
+
+def test_memory_that_never_suffices_is_an_error(monkeypatch):
+    def full(*arguments):
+        raise torch.OutOfMemoryError("full")
+
+    monkeypatch.setattr(ppo, "pad", full)
+    with pytest.warns(UserWarning), pytest.raises(torch.OutOfMemoryError):
+        ppo.rollout_logprobs(build(), some_rollouts(), ppo.Settings(tokens_per_microbatch=8))
 
 
 def test_gradient_checkpointing_stays_on_and_changes_nothing():

@@ -1,5 +1,6 @@
 """Learnability, the curricula, and the whole job on a model small enough for a test."""
 
+import copy
 import itertools
 import json
 import math
@@ -325,6 +326,55 @@ def test_the_whole_job(base, tmp_path, capsys, algo, curriculum):
     assert spent == sum(row.get(column, 0) for row in rows for column in columns)
 
 
+IMITATION = """--curriculum uniform --questions 8 --epochs 2 --lr 1e-3 --iterations 3
+--eval_every 1 --save_every 1""".split()
+
+
+@pytest.mark.parametrize("algo", ["expert", "rcrl"])
+def test_imitators_in_the_same_loop(base, tmp_path, capsys, algo):
+    out = tmp_path / "run"
+    rows = run(base, out, "--algo", algo, *IMITATION)
+    kept = json.loads(checkpoint(out)["loop"])["curriculum"]["kept"]
+    assert [row["iteration"] for row in rows] == [1, 2, 3]
+    assert rows[-1]["kept"] == len(kept) and "kl" in rows[0] and "clip_fraction" not in rows[0]
+    returns = Counter(value for _, value, _ in kept)
+    if algo == "expert":
+        assert returns.keys() <= {1}
+        assert len(kept) == len({(question, tuple(ids)) for question, _, ids in kept})
+    else:
+        assert len(kept) == 3 * 8 * 4
+        assert returns[1] == round(sum(row["reward_mean"] for row in rows) * 32)
+    model, tokenizer = data.load_model(out)
+    assert (algo == "rcrl") == (data.TAGS[1] in tokenizer.get_vocab())
+    [prompt] = data.encode_prompts(tokenizer, data.arithmetic(1, 0, {1: 1}))
+    assert (algo == "rcrl") == (prompt[0] == model.config.vocab_size - 1)
+    capsys.readouterr()
+    evaluation.main(["--model", str(out), "--limit", "12"])  # as it was trained, the tag included
+    greedy = json.loads((out / "eval_arithmetic_test.json").read_text())["results"]["arithmetic"]
+    assert greedy["greedy"]["accuracy"] == rows[-1]["eval_accuracy"]
+
+
+@pytest.mark.parametrize("flags", [["--solutions"], ["--expert_from", "last"]])
+def test_what_a_round_of_imitation_starts_from(base, tmp_path, flags):
+    rows = run(base, tmp_path / "run", "--algo", "expert", *IMITATION, *flags)
+    pool = sum("--solutions" == flag for flag in flags) * len(
+        data.load_questions("arithmetic", "train")
+    )
+    kept = json.loads(checkpoint(tmp_path / "run")["loop"])["curriculum"]["kept"]
+    assert rows[-1]["kept"] == len(kept) + pool
+
+
+def test_patience_ends_a_run_that_no_longer_improves(base, tmp_path):
+    out = tmp_path / "run"
+    flags = "--algo grpo --lr 0 --iterations 9 --eval_every 1 --patience 2".split()
+    rows = run(base, out, *flags)
+    assert len(rows) == 3  # the first, and two that are no better
+    assert json.loads((out / "evaluation.json").read_text()).keys() == {"before", "after"}
+    before = (out / "metrics.jsonl").read_text()
+    resume(out)
+    assert (out / "metrics.jsonl").read_text() == before
+
+
 def test_every_call_has_random_numbers_of_its_own(base, tmp_path, monkeypatch):
     seeds, generate = [], sfl.generate
 
@@ -347,16 +397,26 @@ def test_epochs_kl_and_gradient_checkpointing(base, tmp_path):
 # --------------------------------------------------------------------------- checkpoints
 
 
+def test_what_saves_memory_changes_nothing(base, tmp_path):
+    plain = run(base, tmp_path / "a", "--algo", "ppo")
+    saving = run(base, tmp_path / "b", "--algo", "ppo", "--offload_optimizer")
+    assert without_clocks(saving) == without_clocks(plain)
+
+
 def without_clocks(rows):
     return [{k: v for k, v in row.items() if not k.startswith("seconds")} for row in rows]
 
 
-@pytest.mark.parametrize("algo, curriculum", [("ppo", "sfl"), ("grpo", "posterior")])
+@pytest.mark.parametrize(
+    "algo, curriculum",
+    [("ppo", "sfl"), ("grpo", "posterior"), ("expert", "uniform"), ("rcrl", "lilo")],
+)
 def test_resume_is_exact(base, tmp_path, algo, curriculum):
     flags = ["--algo", algo, "--curriculum", curriculum, "--warmup", "0.5"]
     straight = run(base, tmp_path / "a", *flags)
     with pytest.MonkeyPatch.context() as patch:  # after the checkpoint of iteration 2
-        interrupt(patch, sfl.ppo, "update", call=4)
+        updates = (sfl.sft, "imitate") if algo in sft.IMITATORS else (sfl.ppo, "update")
+        interrupt(patch, *updates, call=4)
         with pytest.raises(SystemExit) as end:
             run(base, tmp_path / "b", *flags)
     assert end.value.code == 130
@@ -586,17 +646,123 @@ def test_a_bad_flag_of_the_program():
     assert bad.stderr == "sfl.py: --rho 7.0 must be in [0, 1]\n"
 
 
-def test_ctrl_c_of_the_program(base, tmp_path):
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_lets_the_iteration_finish_and_saves_it(base, tmp_path, number, code):
     out = tmp_path / "run"
-    flags = "--iterations 100000 --eval_every 100000 --save_every 1".split()
+    flags = "--iterations 100000 --eval_every 100000 --save_every 100000".split()
     command = [sys.executable, "sfl.py", *FAST, *flags, "--model", base, "--out", str(out)]
     pipes = {"stderr": subprocess.PIPE, "stdout": subprocess.DEVNULL, "text": True}
     job = subprocess.Popen(command, cwd=ROOT, **pipes)
     metrics = Path(out, "metrics.jsonl")
     while job.poll() is None and not (metrics.exists() and metrics.read_text().count("\n") >= 2):
         time.sleep(0.05)
-    job.send_signal(signal.SIGINT)
+    job.send_signal(number)
     errors = job.communicate()[1]
-    assert job.returncode == 130 and "--resume" in errors and "Traceback" not in errors
-    assert len(read_rows(metrics)) >= 2 and saved_iteration(out) >= 1
+    assert job.returncode == code and "--resume" in errors and "Traceback" not in errors
+    assert len(read_rows(metrics)) == saved_iteration(out) >= 2
     weights(out / "model")
+
+
+def test_three_bad_steps_in_a_row_end_the_run_saved(base, tmp_path, monkeypatch, capsys):
+    calls = itertools.count(1)
+    clip = sfl.ppo.clip_grad_norm_
+
+    def broken(*arguments):
+        return clip(*arguments) * (float("nan") if next(calls) in (1, 3, 4, 5) else 1)
+
+    monkeypatch.setattr(sfl.ppo, "clip_grad_norm_", broken)
+    out = tmp_path / "run"
+    flags = "--algo grpo --iterations 40 --eval_every 40 --minibatch 100 --curriculum dapo".split()
+    with pytest.raises(SystemExit) as end:
+        run(base, out, *flags)
+    assert end.value.code == 2
+    rows = read_rows(out / "metrics.jsonl")
+    steps = [
+        row["nonfinite_steps"] for row in rows if row["optimizer_steps"] or row["nonfinite_steps"]
+    ]
+    assert steps == [1, 0, 1, 1, 1] and saved_iteration(out) == len(rows)
+    errors = capsys.readouterr().err
+    assert "three NaN or infinite steps of the policy" in errors and "--resume" in errors
+    assert errors.count("no step was made") == 1  # each warning once
+    monkeypatch.setattr(sfl.ppo, "clip_grad_norm_", clip)
+    assert len(resume(out)) == 40
+
+
+def row(**changes):
+    usual = {"iteration": 1, "truncated": 0.0, "learnable": 0.3, "reward_mean": 0.5, "entropy": 1.0}
+    return usual | changes
+
+
+@pytest.mark.parametrize(
+    "name, bad",
+    [
+        ("nan", {"nonfinite_steps": 1}),
+        ("kl", {"kl": 1.5}),
+        ("truncated", {"truncated": 0.6}),
+        ("agree", {"learnable": 0.0}),
+        ("reward", {"reward_mean": 0.25}),
+        ("entropy", {"entropy": 0.001}),
+    ],
+)
+def test_alarms(name, bad):
+    usual = [row(reward_mean=i / 20) for i in range(10)]
+    assert list(sfl.alarms(usual)) == []
+    changed = [each | bad for each in usual]
+    assert [alarm for alarm, _ in sfl.alarms(changed)] == [name]
+    late = name in ("agree", "reward", "entropy")  # ten iterations long
+    assert (list(sfl.alarms([usual[0], *changed[1:]])) == []) == late
+
+
+def test_two_processes_do_what_one_does(base, tmp_path):
+    """PPO over gloo: the same questions, responses and rewards, the same losses."""
+    one, two = tmp_path / "one", tmp_path / "two"
+    flags = ["--curriculum", "lilo", "--kl_coef", "0.01", "--epochs", "2"]
+    expected = run(base, one, *flags)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
+    torchrun += ["--master_port", "29617", "sfl.py", "--model", base, "--out", str(two)]
+    job = subprocess.run([*torchrun, *FAST, *flags], cwd=ROOT, capture_output=True, text=True)
+    assert job.returncode == 0, job.stderr
+    assert job.stdout.count("metrics  ") == 1  # one of them speaks
+    rows = read_rows(two / "metrics.jsonl")
+    assert len(rows) == len(expected)
+    for ours, theirs in zip(rows, without_clocks(expected)):
+        for name in theirs:
+            if isinstance(theirs[name], list):
+                assert ours[name] == theirs[name]
+                continue
+            assert ours[name] == pytest.approx(theirs[name], rel=1e-3, abs=1e-5), name
+    a, b = (weights(folder / "model") for folder in (one, two))
+    assert all(torch.allclose(a[name], b[name], atol=1e-5) for name in a)
+
+
+def test_a_process_that_dies_ends_all(base, tmp_path):
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
+    torchrun += ["--master_port", "29618", "sfl.py", "--model", base, *FAST, "--rho", "7"]
+    job = subprocess.run(torchrun, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert job.returncode != 0 and "--rho 7.0 must be in [0, 1]" in job.stderr
+
+
+def test_what_would_train_quietly_on_nonsense(tiny, bpe, capsys):
+    def check(questions, prompts=None, chat="auto", rows=None):
+        model = small_llama(rows or len(bpe))
+        args = Namespace(model="m", dataset="d", chat=chat, algo="ppo")
+        sfl.check_start(
+            args, model, bpe, questions, prompts or [[i] for i in range(len(questions))]
+        )
+
+    good = [data.Question(f"{i}?", str(i)) for i in range(40)]
+    check(good)
+    assert capsys.readouterr().err == ""
+    with pytest.raises(ValueError, match="tokens, its embedding 9 rows"):
+        check(good, rows=9)
+    with pytest.raises(ValueError, match="leaves the question out"):
+        check(good, prompts=[[1, 2]] * 40)
+    sentences = [data.Question(f"{i}?", "x" * 400, kind="math") for i in range(4)]
+    with pytest.raises(ValueError, match="no grader accepts.*--answer_field"):
+        check(sentences)
+    check(good[:15] + sentences[:1])
+    assert "1 of 16 gold answers" in capsys.readouterr().err
+    bpe = copy.deepcopy(bpe)
+    bpe.chat_template = "{{ messages[0]['content'] }}"
+    check(good, chat="off")
+    assert "prompted raw" in capsys.readouterr().err

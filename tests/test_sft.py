@@ -12,6 +12,7 @@ import data
 import ppo
 import sft
 from eval import evaluate
+from rollout import Rollout
 
 
 def demonstrated(tokenizer, count, levels):
@@ -160,3 +161,112 @@ def test_the_command_refuses(flags, tmp_path, changes, message):
     with pytest.raises(ValueError, match=message):
         run(flags | changes)
     assert not flags["--out"].exists()
+
+
+def test_an_interrupted_training_goes_on(tokenizer, tmp_path):
+    _, batch = demonstrated(tokenizer, 40, {1: 1, 2: 1})
+
+    def train(keep, interrupt_at=None):
+        model, rng = sft.tiny_model(tokenizer, 0), np.random.default_rng(0)
+        drawn = 0
+
+        def draw():
+            nonlocal drawn
+            drawn += 1
+            if drawn == interrupt_at:
+                raise KeyboardInterrupt
+            return sft.draw_batch(batch, 4, rng)
+
+        losses = sft.train(model, draw, steps=230, lr=1e-3, keep=keep)
+        return losses, model
+
+    expected, straight = train(None)
+    keep = tmp_path / "kept"
+    with pytest.raises(KeyboardInterrupt):
+        train(keep, interrupt_at=170)
+    losses, model = train(keep)
+    assert losses == expected and len(torch.load(keep, weights_only=True)["losses"]) == 230
+    assert all(torch.equal(a, b) for a, b in zip(straight.parameters(), model.parameters()))
+    assert train(keep)[0] == expected  # nothing is left to do
+    keep.write_bytes(keep.read_bytes()[:1000])
+    with pytest.raises(ValueError, match="cannot go on from .*kept.*delete it"):
+        train(keep)
+
+
+# --------------------------------------------------------------------------- imitating oneself
+
+
+def test_expert_iteration_keeps_what_is_right_and_no_two_alike():
+    a, b, c = (Rollout([7], ids, [], True) for ids in ([3, 1], [4, 1], [5, 1]))
+    kept = []
+    sft.keep(kept, "expert", np.array([8, 9]), [[a, b, a], [a, c, c]], [[1, 0, 1], [1, 0, 0]])
+    assert kept == [[8, 1, [3, 1]], [9, 1, [3, 1]]]
+    sft.keep(kept, "expert", np.array([9]), [[a, b, b]], [[1, 1, 1]])  # a later round
+    assert kept[2:] == [[9, 1, [4, 1]]]
+    all_of_it = []
+    sft.keep(all_of_it, "rcrl", np.array([8]), [[a, b, a]], [[1.0, 0.0, 1.0]])
+    assert all_of_it == [[8, 1, [3, 1]], [8, 0, [4, 1]], [8, 1, [3, 1]]]
+
+
+def test_an_epoch_has_each_example_once():
+    draw = sft.epochs_of("abcdef", 4, np.random.default_rng(0))
+    drawn = [draw() for _ in range(6)]  # four epochs
+    assert all(len(batch) == 4 for batch in drawn)
+    flat = sum(drawn, [])
+    for epoch in range(4):
+        assert sorted(flat[6 * epoch : 6 * epoch + 6]) == list("abcdef")
+
+
+def likelihood(model, rollout):
+    return float(ppo.rollout_logprobs(model, [rollout], ppo.Settings())[0].sum())
+
+
+def test_a_round_raises_what_was_kept_from_the_weights_it_starts_with(tokenizer):
+    start, policy, elsewhere = (sft.tiny_model(tokenizer, seed) for seed in (0, 1, 2))
+    [_], [right] = demonstrated(tokenizer, 1, {2: 1})
+    wrong = Rollout(right.prompt, right.response[:-2] + [30, 1], [], True)
+    how = {"epochs": 6, "minibatch": 2, "lr": 1e-3, "settings": ppo.Settings()}
+    gained = []
+    for model in (policy, elsewhere):  # whatever they are
+        rng = np.random.default_rng(0)
+        logged = sft.imitate(model, start, [right] * 4, rng=rng, **how)
+        assert logged["kept"] == 4 and logged["sft_steps"] == 12
+        gained.append([likelihood(model, r) - likelihood(start, r) for r in (right, wrong)])
+    assert gained[0] == gained[1]
+    assert gained[0][0] > gained[0][1] + 3 > 3
+    before = likelihood(policy, right)
+    sft.imitate(policy, None, [right] * 4, rng=np.random.default_rng(0), **how)
+    assert likelihood(policy, right) > before  # goes on from where it was
+    assert sft.imitate(policy, start, [], rng=None, **how) == {"kept": 0}
+    assert likelihood(policy, right) == likelihood(start, right)
+
+
+# --------------------------------------------------------------------------- parity's base
+
+
+def test_parity_tokens_are_bits_and_whole_answers():
+    tokenizer = sft.tiny_tokenizer("parity")
+    text = "0110\n0100#### 0"
+    assert tokenizer.decode(tokenizer(text).input_ids) == text
+    pieces = ["0", "1", "1", "0", "\n", "0", "1", "0", "0", "#### 0"]
+    assert tokenizer.convert_ids_to_tokens(tokenizer(text).input_ids) == pieces
+
+
+def test_parity_demonstrations_are_long_as_often_as_asked():
+    questions = data.parity(2000, 0, 16)
+    texts = sft.long_or_short(questions, 0.3)
+    long = [len(text) > len("#### 0") for text in texts]
+    assert np.mean(long) == pytest.approx(0.3, abs=0.03)
+    assert all(text.endswith(f"#### {q.answer}") for text, q in zip(texts, questions))
+
+
+def test_the_parity_base_is_cached_by_its_settings(tmp_path, monkeypatch):
+    monkeypatch.setitem(sft.TINY_PARITY, "stages", [[2, 1e-3]])
+    monkeypatch.setitem(sft.TINY_PARITY, "questions", 50)
+    folders = {
+        sft.tiny_base(tmp_path, "parity", bits=bits, p_cot=share, progress=False)
+        for bits, share in ((8, 0.1), (8, 0.2), (9, 0.1), (8, 0.1))
+    }
+    assert len(folders) == 3
+    model, tokenizer = data.load_model(folders.pop())
+    assert len(tokenizer) == 7 and model.config.vocab_size == 7
