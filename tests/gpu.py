@@ -1,0 +1,118 @@
+"""What can only be seen on a GPU, in one command. Without one it says so and exits 0.
+
+    python tests/gpu.py
+
+Same tokens as model.generate in float32 (and how long they agree in bfloat16), CUDA graphs for
+three architectures, tokens a second beside model.generate and beside what the memory could carry,
+an iteration of each algorithm, and the peak memory beside sfl.py --dry_run's.
+"""
+
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+FAMILIES = {
+    "llama": {"num_key_value_heads": 2},
+    "qwen2": {"num_key_value_heads": 2},
+    "gpt_neox": {},
+}
+SIZE = {"vocab_size": 512, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 3}
+SIZE |= {"num_attention_heads": 4, "max_position_embeddings": 512}
+ALGORITHMS = ("ppo", "vineppo", "grpo", "rloo", "expert", "rcrl")
+
+
+def build(family, dtype):
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(family, **SIZE, **FAMILIES[family])
+    return AutoModelForCausalLM.from_config(config, dtype=dtype).cuda().eval()
+
+
+def parity(family, dtype):
+    """Greedy tokens beside model.generate, prompt by prompt: the share that agrees before the first
+    difference. In float32 that must be all of them."""
+    from rollout import generate
+
+    model = build(family, dtype)
+    rng = torch.Generator().manual_seed(1)
+    prompts = [torch.randint(3, 512, (4 + 3 * i,), generator=rng).tolist() for i in range(12)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # a graph that cannot be captured is a warning
+        ours = generate(model, prompts, max_new_tokens=64, temperature=0, stop_ids=[2], slots=5)
+    agree = []
+    for prompt, [rollout] in zip(prompts, ours):
+        tokens = torch.tensor([prompt], device="cuda")
+        theirs = model.generate(
+            tokens, max_new_tokens=64, do_sample=False, eos_token_id=2, pad_token_id=0
+        )
+        theirs = theirs[0, len(prompt) :].tolist()
+        same = [a == b for a, b in zip(rollout.response, theirs)]
+        agree.append((same + [False]).index(False) / max(len(theirs), len(rollout.response)))
+    share = sum(agree) / len(agree)
+    print(f"{family:10} {str(dtype):16} {share:.1%} of the tokens as model.generate's")
+    return dtype != torch.float32 or share == 1
+
+
+def speed(size="0.5b", slots=512, new=256):
+    """Tokens a second, beside model.generate and the bandwidth: a step reads all weights."""
+    run = [sys.executable, "tests/benchmark.py", "generation", "--model", size, "--device", "cuda"]
+    run += ["--dtype", "bfloat16", "--prompts", str(slots // 8), "--slots", str(slots)]
+    subprocess.run([*run, "--max_new_tokens", str(new), "--runs", "3"], cwd=ROOT, check=True)
+    block = torch.empty(2**30, dtype=torch.uint8, device="cuda")
+    other = torch.empty_like(block)
+    other.copy_(block)
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    for _ in range(20):
+        other.copy_(block)
+    torch.cuda.synchronize()
+    bandwidth = 20 * 2 * block.nbytes / (time.perf_counter() - start)
+    print(f"the card copies {bandwidth / 1e9:,.0f} GB/s")
+
+
+def iterations():
+    """Two of each algorithm on the tiny model, and the peak beside the forecast."""
+    import data
+    import sfl
+    import sft
+
+    base = str(sft.tiny_base("runs/cache"))
+    model, _ = data.load_model(base)
+    for algo in ALGORITHMS:
+        with tempfile.TemporaryDirectory() as folder:
+            flags = ["--algo", algo, "--model", base, "--out", f"{folder}/run", "--device", "cuda"]
+            flags += "--iterations 2 --questions 16 --eval_limit 16 --eval_every 2".split()
+            args = sfl.parse(flags)
+            said = sum(sfl.memory(args, model, True).values())
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+            sfl.train(args)
+            peak = torch.cuda.max_memory_allocated()
+            ratio = f"said {said / 2**20:,.0f} MiB, took {peak / 2**20:,.0f}"
+            print(f"{algo:10} two iterations; {ratio}, ratio {said / peak:.2f}")
+
+
+def main():
+    if not torch.cuda.is_available():
+        return print("no GPU here: nothing was run, and nothing is claimed")
+    print(torch.cuda.get_device_name())
+    exact = [
+        parity(family, dtype) for dtype in (torch.float32, torch.bfloat16) for family in FAMILIES
+    ]
+    iterations()
+    speed()
+    if not all(exact):
+        sys.exit("float32 tokens differ from model.generate's")
+
+
+if __name__ == "__main__":
+    main()
