@@ -3,7 +3,10 @@
     python tests/experiments.py tune       # each curriculum's learning rate, one seed
     python tests/experiments.py curricula  # all curricula, each with its own settings
     python tests/experiments.py map        # where choosing pays: the learnable share from 0.5 down
-    python tests/experiments.py credit     # ppo, vineppo and grpo on the same curriculum
+    python tests/experiments.py credit     # ppo, vineppo and grpo with few questions an iteration
+    python tests/experiments.py gradients  # which way each method's gradient points
+    python tests/experiments.py learners   # imitation against policy gradients: pass@k, samples
+    python tests/experiments.py parity     # RL after next-token prediction
     python tests/experiments.py cost       # an iteration of ppo and vineppo: seconds and tokens
     python tests/experiments.py spend      # --mc_spend bisect against all states at K = 256
     python tests/experiments.py theory     # improvement after one step against learnability
@@ -21,6 +24,7 @@ import argparse
 import itertools
 import json
 import os
+import random
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -67,10 +71,21 @@ def curricula(args):
         run_and_compare(args, algo, arms, f"{algo}-")
 
 
+# Few questions an iteration, half of the pool learnable: there credit matters. Each algorithm's
+# learning rate: the best of 5e-5 (PPO), 1e-4, 2e-4, 4e-4 on seed 0.
+FEW = "--questions 4 --minibatch 32 --max_candidates 32 --share 0.5"
+CREDIT = {
+    "uniform": {"ppo": "1e-4", "grpo": "2e-4", "vineppo": "2e-4"},
+    "lilo": {"ppo": "2e-4", "grpo": "2e-4", "vineppo": "2e-4"},
+}
+
+
 def credit(args):
-    """The same questions for all."""
-    arms = {algo: flags_of(algo, args.arm) for algo in ("ppo", "vineppo", "grpo")}
-    run_and_compare(args, f"credit-{args.arm}", arms, "", f"-{args.arm}")
+    """ppo, vineppo and grpo with few questions an iteration."""
+    iterations = {"uniform": "160", "lilo": "100"}[args.arm]
+    common = f"{FEW} --curriculum {args.arm} --iterations {iterations}".split()
+    arms = {algo: ["--algo", algo, "--lr", lr, *common] for algo, lr in CREDIT[args.arm].items()}
+    run_and_compare(args, f"credit-{args.arm}", arms, "credit-", f"-{args.arm}")
 
 
 SHARES = (0.5, 0.25, 0.08, 0.02)
@@ -207,9 +222,13 @@ def curve(folder):
     before = json.loads((folder / "evaluation.json").read_text())["before"]["greedy"]["accuracy"]
     rows = evaluation.read_run(folder)
     evaluated = [row for row in rows if row.get("eval_accuracy") is not None]
+    samples = 0  # responses, those that only served to choose included
+    for row in rows:
+        samples += sum(attempts for *_, attempts in row["sampled"]) + row.get("mc_rollouts", 0)
+        row["samples"] = samples
     run = {
         spent: np.array([0] + [row[spent] for row in evaluated])
-        for spent in ("iteration", "tokens", "seconds")
+        for spent in ("iteration", "tokens", "seconds", "samples")
     }
     run["accuracy"] = np.array([before] + [row["eval_accuracy"] for row in evaluated])
     run["learnable"] = np.mean([row["learnable"] for row in rows])
@@ -396,6 +415,317 @@ def spend(args, questions=14, k=9, truth=256):
             f"{how:<8} rollouts {spent / base:.2f}   mean |error| {np.abs(error).mean():.3f}   "
             f"sd {error.std():.3f}   bias of good steps {good:+.3f}, of bad ones {bad:+.3f}"
         )
+
+
+# --------------------------------------------------------------------------- gradients
+
+
+def gradients(args, questions=8, n=8, repeats=16, truth=4096):
+    """Which way each method's gradient points: estimates from a few responses against the gradient
+    of 4,096, the same questions for both; early and late in a PPO run with uniform questions."""
+    from matplotlib.figure import Figure
+
+    import data
+    import eval as evaluation
+    import sft
+
+    sft.tiny_base("runs/cache")
+    uniform = "--algo ppo --curriculum uniform --lr 1e-4 --eval_every 1000".split()
+    runs = {count: Path(args.runs, f"gradients-{count}") for count in (40, 90)}
+    jobs = {run: [*uniform, "--iterations", str(count)] for count, run in runs.items()}
+    execute(jobs, args.workers)
+    figure = Figure(figsize=(10, 3.6))
+    axes = figure.subplots(1, 2, sharey=True)
+    print(f"{questions} questions x {n} responses, {repeats} times; truth: {truth} responses")
+    for ax, (count, run) in zip(axes, runs.items()):
+        kept = run / "gradients.json"  # measured once
+        if not kept.exists():
+            policy, tokenizer = data.load_model(run)
+            critic = load_critic(run, policy)
+            measured = []
+            for levels in ((2, 3), (4, 5), (7, 8)):
+                asked = data.arithmetic(questions, 7, dict.fromkeys(levels, 1))
+                found = compare_gradients(
+                    policy, tokenizer, critic, asked, n=n, repeats=repeats, truth=truth
+                )
+                measured.append((levels, *found))
+            kept.write_text(json.dumps(measured))
+        points = {}  # method -> [(success, cosine)]
+        for levels, table, success, length in json.loads(kept.read_text()):
+            print(
+                f"\n{count} iterations, {levels[0]} and {levels[1]} steps: success {success:.2f}, "
+                f"{length:.0f} tokens a response\n"
+            )
+            print("| estimate | cosine | noise / signal | responses |\n|---|---|---|---|")
+            for method, row in table.items():
+                noise = f"{row['noise']:.1f}" if row["noise"] < 100 else f"{row['noise']:,.0f}"
+                cells = [method, f"{row['cosine']:.2f} ± {row['sd']:.2f}", noise]
+                print(f"| {' | '.join(cells)} | {row['spent']:.0f} |", flush=True)
+                points.setdefault(method, []).append((success, row["cosine"]))
+        for color, (method, pairs) in zip(evaluation.COLORS, points.items()):
+            ax.plot(*zip(*pairs), "o-", color=color, label=method, markersize=4, linewidth=1.2)
+        ax.set(xlabel="success on the questions", xscale="log")
+        ax.minorticks_off()
+        ticks = [success for success, _ in pairs]
+        ax.set_xticks(ticks, [f"{tick:.2f}" for tick in ticks])
+        ax.set_title(f"after {count} iterations of PPO", fontsize=10)
+        ax.spines[["top", "right"]].set_visible(False)
+    axes[0].set_ylabel("cosine with the true gradient")
+    axes[1].legend(frameon=False, fontsize=8)
+    save(figure, Path(args.out, "gradients.png"))
+
+
+def compare_gradients(policy, tokenizer, critic, asked, *, n, repeats, truth):
+    """({method: cosine with the true gradient (mean, sd), noise / signal, responses an estimate
+    takes}, success, length). noise / signal is E|g|^2 / (E g.G/|G|)^2 - 1: free of the scale that a
+    method gives its g."""
+    import torch
+
+    import data
+    import eval as evaluation
+    import ppo
+    import vineppo
+    from rollout import generate
+
+    prompts, stops = data.encode_prompts(tokenizer, asked), data.stop_ids(policy, tokenizer)
+    settings = ppo.Settings(tokens_per_microbatch=4096)
+    sampling = {"max_new_tokens": 96, "stop_ids": stops}
+    zero = torch.zeros(sum(w.numel() for w in policy.parameters())).double()
+
+    def attempt(n, seed):
+        groups = generate(policy, prompts, n=n, seed=seed, **sampling)
+        return groups, evaluation.rewards(tokenizer, asked, groups)
+
+    def gradient(rollouts, advantages):
+        """d/d theta of the sum over tokens of A log pi, a response's mean, flat."""
+        policy.zero_grad()
+        some = [i for i in range(len(rollouts)) if advantages[i].any()]
+        for batch in ppo.microbatches(rollouts, settings.tokens_per_microbatch, some):
+            logprobs = ppo.response_logprobs(policy, [rollouts[i] for i in batch], settings)
+            advantage = torch.cat([torch.as_tensor(advantages[i]) for i in batch])
+            ((advantage * logprobs).sum() / len(rollouts)).backward()
+        if not some:
+            return zero
+        return torch.cat([w.grad.flatten() for w in policy.parameters()]).double()
+
+    def group_baseline(groups, rewards, how):
+        rollouts = [r for group in groups for r in group]
+        scores = ppo.group_advantages(rewards, how=how)
+        return gradient(rollouts, ppo.per_token(rollouts, scores.flatten()))
+
+    groups, rewards = attempt(truth // len(asked), 1)
+    true = group_baseline(groups, rewards, "rloo")
+    success = rewards.mean(1)
+    length = np.mean([len(r.response) for group in groups for r in group])
+    found, spent = {}, {}
+    for repeat in range(repeats):
+        groups, rewards = attempt(n, 100 + repeat)
+        rollouts = [r for group in groups for r in group]
+        estimates = {
+            "grpo": group_baseline(groups, rewards, "grpo"),
+            "rloo": group_baseline(groups, rewards, "rloo"),
+        }
+        advantages, _, _ = ppo.critic_advantages(critic, rollouts, rewards.flatten(), settings)
+        estimates["ppo"] = gradient(rollouts, advantages)
+        more, more_rewards = attempt(8 * n, 1000 + repeat)
+        estimates["grpo, 8 x the responses"] = group_baseline(more, more_rewards, "grpo")
+        spent.setdefault("grpo, 8 x the responses", []).append(8 * n * len(asked))
+        for spend, k in (("all", 9), ("bisect", 9)):
+            advantages, stats = vineppo.mc_advantages(
+                policy,
+                tokenizer,
+                asked,
+                groups,
+                rewards,
+                mc_rollouts=k,
+                spend=spend,
+                seed=100 + repeat,
+                **sampling,
+            )
+            name = "vineppo" + (", bisect" if spend == "bisect" else "")
+            estimates[name] = gradient(rollouts, advantages)
+            spent.setdefault(name, []).append(stats["mc_rollouts"] + len(rollouts))
+        for name, g in estimates.items():
+            found.setdefault(name, []).append((float(g @ true / true.norm()), float(g @ g)))
+    table = {}
+    for name, pairs in found.items():
+        along, square = np.array(pairs).T
+        cosines = along / np.sqrt(np.maximum(square, 1e-30))
+        table[name] = {
+            "cosine": np.mean(cosines),
+            "sd": np.std(cosines, ddof=1),
+            "noise": square.mean() / along.mean() ** 2 - 1,
+            "spent": np.mean(spent.get(name, n * len(asked))),
+        }
+    return table, success.mean(), length
+
+
+# --------------------------------------------------------------------------- learners, parity
+
+LEARNERS = ("expert", "rcrl", "grpo", "ppo", "vineppo")
+VINEPPO = "--algo vineppo --mc_spend bisect --questions 16 --minibatch 128 --rho 1 --lr 2e-4"
+VINE_ITERATIONS = {"uniform": "100", "posterior": "60"}
+
+
+def learners(args, k=64, limit=70):
+    """All algorithms, with uniform and with posterior, and SFT going on: greedy accuracy, maj@k and
+    pass@k of the final models, and samples to a goal."""
+    import sft
+
+    sft.tiny_base("runs/cache")
+    folders, jobs = {}, {}
+    for seed in range(args.seeds):
+        for algo, name in itertools.product(LEARNERS, VINE_ITERATIONS):
+            folder = Path(args.runs, f"{algo}-{name}-seed{seed}")
+            flags = flags_of(algo, name)
+            if algo in ("expert", "rcrl"):
+                flags = f"--algo {algo} --curriculum {name} --rho 1 --eval_every 1".split()
+            if algo == "vineppo":
+                flags = [*VINEPPO.split(), "--curriculum", name]
+                flags += ["--iterations", VINE_ITERATIONS[name]]
+            jobs[folder] = [*flags, *args.flags, "--seed", str(seed)]
+            folders.setdefault(f"{algo}, {name}", []).append(folder)
+    execute(jobs, args.workers)
+    folders = {"the start": [checkpoint(args)], **folders}
+    folders["sft goes on"] = [sft_goes_on(args, seed) for seed in range(args.seeds)]
+    results = {name: [passes(run, k, limit) for run in runs] for name, runs in folders.items()}
+    runs = {name: [curve(run) for run in folders[name]] for name in list(folders)[1:-1]}
+    goals = (0.6, 0.75)
+    columns = ["greedy", "one sample", f"maj@{k}", f"pass@{k}"]
+    columns += [f"1,000 samples to {goal}" for goal in goals]
+    print(f"| | {' | '.join(columns)} |\n|---|{'---|' * len(columns)}")
+    for name, found in results.items():
+        cells = [spread([r[key] for r in found], 3) for key in ("greedy", "pass@1", f"maj@{k}")]
+        cells.append(spread([r[f"pass@{k}"] for r in found], 3))
+        for goal in goals:
+            needed = [reached(run, goal, "samples") for run in runs.get(name, [])]
+            cells.append(spread(needed, 1, 1000) if needed else "")
+        print(f"| {name} | {' | '.join(cells)} |", flush=True)
+    draw_learners(results, runs, k, Path(args.out, "learners.png"))
+
+
+def sft_goes_on(args, seed, steps=200):
+    """The folder of the base model with more of the demonstrations it was made with."""
+    from functools import partial
+
+    import data
+    import sft
+
+    folder = Path(args.runs, f"sft-seed{seed}")
+    if not folder.exists():
+        model, tokenizer = data.load_model(sft.tiny_base("runs/cache"))
+        chains = sft.demonstrated_chains(random.Random(seed))
+        texts = sft.hurried(chains, sft.TINY["stages"][-1][-1])
+        questions = [data.worked(chain) for chain in chains]
+        examples = sft.demonstrations(tokenizer, questions, texts)
+        draw = partial(sft.draw_batch, examples, 96, np.random.default_rng(seed))
+        sft.train(model, draw, steps=steps, lr=1e-3)
+        data.save_model(model, tokenizer, folder)
+    return folder
+
+
+def passes(run, k, limit):
+    """What `eval.evaluate` says of a final model: greedy, and with k samples at temperature 1.
+    Kept beside the model."""
+    import data
+    import eval as evaluation
+
+    kept = Path(run, f"passes{k}.json")
+    if not kept.exists():
+        model, tokenizer = data.load_model(run)
+        questions = data.load_questions("arithmetic", "test", limit=limit)
+        greedy = evaluation.evaluate(model, tokenizer, questions, max_new_tokens=96)
+        sampled = evaluation.evaluate(
+            model, tokenizer, questions, samples=k, temperature=1.0, max_new_tokens=96
+        )
+        found = {key: x for key, x in sampled.items() if "@" in key}
+        kept.write_text(json.dumps({**found, "greedy": greedy["accuracy"]}))
+    return json.loads(kept.read_text())
+
+
+def draw_learners(results, runs, k, out):
+    """pass@k curves of the final models, and accuracy against samples."""
+    from matplotlib.figure import Figure
+
+    from eval import COLORS
+
+    figure = Figure(figsize=(10, 3.8))
+    axes = figure.subplots(1, 2)
+    color_of = dict(zip(LEARNERS, COLORS))
+    color_of |= {"the start": "#999999", "sft goes on": "#000000"}
+    counts = [2**i for i in range(k.bit_length())]
+    for name, found in results.items():
+        algo, _, curriculum = name.partition(", ")
+        style = {"color": color_of[algo], "linestyle": ":" if curriculum == "uniform" else "-"}
+        y = [np.mean([r[f"pass@{count}"] for r in found]) for count in counts]
+        axes[0].plot(counts, y, label=name, **style)
+    for name, group in runs.items():
+        algo, _, curriculum = name.partition(", ")
+        style = {"color": color_of[algo], "linestyle": ":" if curriculum == "uniform" else "-"}
+        length = min(len(run["accuracy"]) for run in group)
+        x = np.mean([run["samples"][:length] for run in group], 0)
+        y = np.mean([smooth(run["accuracy"])[:length] for run in group], 0)
+        axes[1].plot(x[1:], y[1:], **style)
+    axes[0].set(xscale="log", xlabel="k", ylabel="pass@k, held out", title="final models")
+    axes[0].set_xticks(counts, counts)
+    axes[0].minorticks_off()
+    axes[1].set(xscale="log", xlabel="responses sampled", ylabel="greedy accuracy")
+    for ax in axes:
+        ax.spines[["top", "right"]].set_visible(False)
+    figure.legend(*axes[0].get_legend_handles_labels(), fontsize=7, frameon=False, loc="right")
+    figure.tight_layout(rect=(0, 0, 0.84, 1))
+    Path(out).parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(out, dpi=140)
+    print(f"wrote {out}")
+
+
+P_COTS = ("0.05", "0.1", "0.2", "0.4")
+
+
+def parity(args, iterations=60):
+    """RL after next-token prediction (arXiv 2510.11495): accuracy and length as RL goes on."""
+    from matplotlib.figure import Figure
+
+    from eval import COLORS, read_run
+
+    folders, jobs = {}, {}
+    for share, seed in itertools.product(P_COTS, range(args.seeds)):
+        folder = Path(args.runs, f"parity{args.bits}-{share}-seed{seed}")
+        flags = f"--dataset parity --bits {args.bits} --p_cot {share} --algo grpo --curriculum "
+        flags += f"uniform --lr 2e-4 --iterations {iterations} --eval_every 4"
+        jobs[folder] = [*flags.split(), *args.flags, "--seed", str(seed)]
+        folders.setdefault(share, []).append(folder)
+    execute({runs[0]: jobs[runs[0]] for runs in folders.values()}, args.workers)  # with its SFT
+    execute(jobs, args.workers)
+    figure = Figure(figsize=(10, 3.4))
+    axes = figure.subplots(1, 2)
+    columns = ["greedy after SFT", "length", "greedy after RL", "length", "iterations to 0.95"]
+    print(f"{args.bits} bits\n\n| p_cot | {' | '.join(columns)} |\n|---|{'---|' * len(columns)}")
+    for color, (share, runs) in zip(COLORS, folders.items()):
+        curves = []
+        for run in runs:
+            before = json.loads((run / "evaluation.json").read_text())["before"]["greedy"]
+            rows = [row for row in read_run(run) if "eval_accuracy" in row]
+            points = [(0, before["accuracy"], before["response_length"])]
+            names = ("iteration", "eval_accuracy", "eval_response_length")
+            points += [tuple(row[name] for name in names) for row in rows]
+            curves.append(np.array(points, float))
+        curves = np.array(curves)  # (seeds, evaluations, 3)
+        hits = [curve[curve[:, 1] >= 0.95, 0] for curve in curves]
+        cells = [spread(curves[:, 0, 1], 2), spread(curves[:, 0, 2], 0)]
+        cells += [spread(curves[:, -1, 1], 2), spread(curves[:, -1, 2], 0)]
+        cells.append(spread([hit[0] if len(hit) else None for hit in hits]))
+        print(f"| {share} | {' | '.join(cells)} |", flush=True)
+        for ax, column in zip(axes, (1, 2)):
+            for curve in curves:
+                ax.plot(curve[:, 0], curve[:, column], color=color, alpha=0.25, linewidth=0.8)
+            mean = curves.mean(0)
+            ax.plot(mean[:, 0], mean[:, column], color=color, label=f"p_cot {share}")
+    for ax, label in zip(axes, ("held-out accuracy, greedy", "response length, tokens")):
+        ax.set(xlabel="iteration of RL", ylabel=label)
+        ax.spines[["top", "right"]].set_visible(False)
+    axes[0].legend(frameon=False, fontsize=8)
+    save(figure, Path(args.out, f"parity{args.bits}.png"))
 
 
 # --------------------------------------------------------------------------- theory
@@ -724,6 +1054,10 @@ def add_flags(command, add):
         return add_values_flags(add)
     add("--runs", default="runs/experiments", help="where the runs are kept")
     add("--out", default="runs/experiments", help="where the figures go")
+    if command == "learners":
+        add("--model", help="the model they start from (default: the tiny base)")
+    if command == "parity":
+        add("--bits", type=int, default=24, help="of a question (24)")
     if command in ("cost", "theory", "spend"):
         return add("--model", help="a run's or a model's folder (default: the tiny base)")
     add("--seeds", type=int, default=3)
@@ -734,7 +1068,7 @@ def add_flags(command, add):
     if command == "tune":
         add("--lrs", nargs="+", default=["1e-4", "2e-4", "4e-4"], help="of the policy")
     if command == "credit":
-        add("--arm", default="uniform", choices=list(CURRICULA), metavar="ARM")
+        add("--arm", default="uniform", choices=list(CREDIT))
 
 
 def add_values_flags(add):
@@ -760,12 +1094,16 @@ def add_values_flags(add):
     add("--max_new_tokens", type=int, help=f"longest response, in tokens; {run}")
 
 
+COMMANDS = (tune, curricula, map_of_shares, credit, gradients, learners, parity, cost, spend)
+COMMANDS += (theory, values)
+
+
 def parse(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for command in (tune, curricula, map_of_shares, credit, cost, spend, theory, values):
+    for command in COMMANDS:
         name = command.__name__.partition("_")[0]
         subparser = commands.add_parser(name, description=command.__doc__)
         add_flags(name, subparser.add_argument)
