@@ -563,6 +563,7 @@ def setup(args):
     """Everything that an iteration touches, made or loaded: questions, models, optimizer."""
     out = Path(args.out)
     evaluation.set_judges(args.judges)
+    evaluation.timeouts.clear()  # the metrics count this run's
     device = data.pick_device(args.device)
     if device == "cuda" and many_processes():
         device = f"cuda:{os.environ['LOCAL_RANK']}"

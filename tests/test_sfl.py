@@ -354,14 +354,11 @@ def test_imitators_in_the_same_loop(base, tmp_path, capsys, algo):
     assert greedy["greedy"]["accuracy"] == rows[-1]["eval_accuracy"]
 
 
-@pytest.mark.parametrize("flags", [["--solutions"], ["--expert_from", "last"]])
-def test_what_a_round_of_imitation_starts_from(base, tmp_path, flags):
-    rows = run(base, tmp_path / "run", "--algo", "expert", *IMITATION, *flags)
-    pool = sum("--solutions" == flag for flag in flags) * len(
-        data.load_questions("arithmetic", "train")
-    )
+def test_a_round_also_imitates_the_solutions_where_asked(base, tmp_path):
+    flags = ["--solutions", "--iterations", "1", "--epochs", "1", "--minibatch", "200"]
+    [row] = run(base, tmp_path / "run", "--algo", "expert", *IMITATION, *flags)
     kept = json.loads(checkpoint(tmp_path / "run")["loop"])["curriculum"]["kept"]
-    assert rows[-1]["kept"] == len(kept) + pool
+    assert row["kept"] == len(kept) + len(data.load_questions("arithmetic", "train"))
 
 
 def test_patience_ends_a_run_that_no_longer_improves(base, tmp_path):

@@ -177,15 +177,15 @@ def test_an_interrupted_training_goes_on(tokenizer, tmp_path):
                 raise KeyboardInterrupt
             return sft.draw_batch(batch, 4, rng)
 
-        losses = sft.train(model, draw, steps=230, lr=1e-3, keep=keep)
+        losses = sft.train(model, draw, steps=120, lr=1e-3, keep=keep)
         return losses, model
 
     expected, straight = train(None)
     keep = tmp_path / "kept"
     with pytest.raises(KeyboardInterrupt):
-        train(keep, interrupt_at=170)
+        train(keep, interrupt_at=110)
     losses, model = train(keep)
-    assert losses == expected and len(torch.load(keep, weights_only=True)["losses"]) == 230
+    assert losses == expected and len(torch.load(keep, weights_only=True)["losses"]) == 120
     assert all(torch.equal(a, b) for a, b in zip(straight.parameters(), model.parameters()))
     assert train(keep)[0] == expected  # nothing is left to do
     keep.write_bytes(keep.read_bytes()[:1000])
