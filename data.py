@@ -569,6 +569,18 @@ def put_in_place(written, target):
     os.replace(written, target)
 
 
+def save_state(state, path):
+    """torch.save: the file is the old one or the new one, whatever interrupts this, a full disk
+    too (OSError)."""
+    beside = path.with_name(f"{path.name}.tmp")
+    try:
+        torch.save(state, beside)
+        put_in_place(beside, path)
+    except (OSError, RuntimeError) as error:  # a full disk is either
+        reason = f"cannot save in {path.parent} ({first_line(error)})"
+        raise OSError(f"{reason}: its last checkpoint is whole") from error
+
+
 def pick_device(name):
     """'auto' becomes the first there is of cuda, mps and cpu. ValueError: one that is not there."""
     there = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available()
@@ -576,18 +588,6 @@ def pick_device(name):
     if name != "auto" and name.partition(":")[0] not in there:
         raise ValueError(f"no device {name!r} here: give auto or {' or '.join(there)}")
     return there[0] if name == "auto" else name
-
-
-def free_memory(device):
-    """Bytes that are free on a device; None where nobody says."""
-    if device.startswith("cuda"):
-        return torch.cuda.mem_get_info(device)[0]
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return None
-    available = next((line for line in lines if line.startswith("MemAvailable")), None)
-    return available and 1024 * int(available.split()[1])
 
 
 # --------------------------------------------------------------------------- command lines

@@ -38,7 +38,6 @@ from functools import partial
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.nn.utils import clip_grad_norm_
 from torch.nn.utils.rnn import pad_sequence
@@ -293,7 +292,7 @@ def step(model, optimizer, loss, max_grad_norm):
     for parameter in parameters if many_processes() else []:
         if parameter.grad is None:  # this process had nothing to do
             parameter.grad = torch.zeros_like(parameter)
-        dist.all_reduce(parameter.grad)
+        all_sum(parameter.grad)
     limit = math.inf if max_grad_norm is None else max_grad_norm
     norm = float(clip_grad_norm_(parameters, limit))
     if math.isfinite(loss) and math.isfinite(norm):

@@ -37,6 +37,7 @@ import contextlib
 import copy
 import functools
 import itertools
+import math
 import sys
 import warnings
 import weakref
@@ -596,18 +597,24 @@ def choose_slots(model, columns, requests):
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     column = 2 * config.num_hidden_layers * kv_heads * head_dim * model.dtype.itemsize
     row = columns * column + 16 * config.vocab_size  # bytes of cache, and of logits
-    most, free = 256, float("inf")
+    most, free = 256, free_memory(model.device)
     if model.device.type == "cuda":
-        most, free = 512, torch.cuda.mem_get_info(model.device)[0]
+        most = 512
         free += torch.cuda.memory_reserved(model.device) - torch.cuda.memory_allocated(model.device)
-    else:
-        with contextlib.suppress(OSError, StopIteration), open("/proc/meminfo") as lines:
-            available = next(line for line in lines if line.startswith("MemAvailable"))
-            free = 1024 * int(available.split()[1])
     kept = ENGINES.get(model)
     if kept:  # what the kept engine holds is ours to use again
         free += sum(table.nbytes for table in itertools.chain(*kept.cache.tables.values()))
     return max(1, int(min(most, requests, free / 2 / row)))
+
+
+def free_memory(device):
+    """Bytes that are free on a device; infinity where nobody says."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    with contextlib.suppress(OSError, StopIteration), open("/proc/meminfo") as lines:
+        available = next(line for line in lines if line.startswith("MemAvailable"))
+        return 1024 * int(available.split()[1])
+    return math.inf
 
 
 @torch.inference_mode()
@@ -748,9 +755,14 @@ def gather(items):
     parts = [None] * dist.get_world_size()
     dist.all_gather_object(parts, items)
     together = [None] * sum(map(len, parts))
-    for rank, part in enumerate(parts):
-        together[rank :: len(parts)] = part
+    for start, part in enumerate(parts):
+        together[start :: len(parts)] = part
     return together
+
+
+def seed_of(*numbers):
+    """A seed for `generate` that depends on all of these numbers and on nothing else."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 2)
 
 
 def add(stats, **counts):

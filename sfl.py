@@ -56,7 +56,7 @@ import eval as evaluation
 import ppo
 import sft
 import vineppo
-from rollout import ENGINES, Rollout, all_sum, generate, many_processes, progress_bar, rank
+from rollout import ENGINES, Rollout, all_sum, generate, many_processes, progress_bar, rank, seed_of
 
 
 def learnability(successes, attempts):
@@ -292,8 +292,7 @@ class Sampler:
 
     def seed(self):
         """Depends on nothing but what it is for: a resumed run draws the same."""
-        entropy = [self.args.seed, self.iteration, len(self.calls)]
-        return int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0] >> 2)
+        return seed_of(self.args.seed, self.iteration, len(self.calls))
 
     def __call__(self, chosen, n):
         start = time.perf_counter()
@@ -314,9 +313,8 @@ def with_uniform(chosen, count, size, rng):
     """Fill a batch up with questions drawn uniformly from those not in it: no question twice in one
     iteration."""
     rest = np.setdiff1d(np.arange(size), chosen)
-    return np.concatenate([chosen, rng.choice(rest, count - len(chosen), replace=False)]).astype(
-        int
-    )
+    others = rng.choice(rest, count - len(chosen), replace=False)
+    return np.concatenate([chosen, others]).astype(int)
 
 
 def shares(rewards):
@@ -569,8 +567,7 @@ def setup(args):
         device = f"cuda:{os.environ['LOCAL_RANK']}"
     if args.model == "tiny":
         torch.set_num_threads(min(2, torch.get_num_threads()))  # too small for more
-    bfloat16 = args.dtype == "bfloat16" or (args.dtype == "auto" and device.startswith("cuda"))
-    half = torch.bfloat16 if bfloat16 else None
+    half = torch.bfloat16 if uses_bfloat16(args, device) else None
     fields = {name: getattr(args, f"{name}_field") for name in ("question", "answer", "solution")}
     load = partial(
         data.load_questions, args.dataset, data_dir=args.data_dir, fields=fields, bits=args.bits
@@ -585,10 +582,8 @@ def setup(args):
     saved = out / "model"
     policy, tokenizer = data.load_model(saved if saved.exists() else base, device=device)
     reference = None
-    if args.kl_coef > 0 or args.kl_sample > 0 or args.algo in sft.IMITATORS:
-        # nobody trains it: half the bytes, unless its weights are where a round starts
-        low = half is not None and args.algo not in sft.IMITATORS
-        dtype = "bfloat16" if low else "float32"
+    dtype = reference_dtype(args, half)
+    if dtype is not None:
         reference, its_tokenizer = data.load_model(base, device=device, dtype=dtype)
         reference.requires_grad_(False)
     untagged = tokenizer
@@ -620,24 +615,19 @@ def setup(args):
         optimizer.register_step_pre_hook(lambda *_: move_state(optimizer, device))
         optimizer.register_step_post_hook(lambda *_: move_state(optimizer, "cpu"))
 
-    generation = {name: getattr(args, name) for name in ("max_new_tokens", "temperature", "top_p")}
+    sampling = {name: getattr(args, name) for name in ("max_new_tokens", "temperature", "top_p")}
     cost = {"engine": args.engine, "slots": args.slots or None, "dtype": half}
     cost |= {"progress": sys.stderr.isatty() and rank() == 0, "stop_ids": stop_ids}
-    generation |= cost
     names = ("temperature", "gamma", "lam", "clip", "value_clip", "kl_coef", "epochs", "minibatch")
     names += ("max_grad_norm", "max_ratio", "tokens_per_microbatch", "loss_average")
     settings = ppo.Settings(autocast=half, **{name: getattr(args, name) for name in names})
 
     def evaluate(samples=1, tokenizer=tokenizer):
         """Greedy on the held-out questions; with samples, at the training temperature."""
-        sampling = {"max_new_tokens": args.max_new_tokens}
-        if samples > 1:
-            sampling = {
-                name: generation[name] for name in ("max_new_tokens", "temperature", "top_p")
-            }
+        how = sampling if samples > 1 else {"max_new_tokens": args.max_new_tokens}
         result = evaluation.evaluate(
             policy, tokenizer, held_out, samples=samples, chat=args.chat, seed=args.seed,
-            last_number=args.last_number, **cost, **sampling,
+            last_number=args.last_number, **cost, **how,
         )  # fmt: skip
         return {**result, "responses": result["responses"][:3]}
 
@@ -651,13 +641,28 @@ def setup(args):
         settings=settings,
         demonstrations=demonstrations,
         untagged=untagged,
-        sample=Sampler(args, policy, tokenizer, questions, prompts, generation),
+        sample=Sampler(args, policy, tokenizer, questions, prompts, sampling | cost),
         evaluate=evaluate,
         rng=np.random.default_rng(args.seed),
         state={"groups": [group_of(q, prompt) for q, prompt in zip(questions, prompts)]},
         size=len(questions),
         start=0,
     )
+
+
+def uses_bfloat16(args, device):
+    """Of the matrix products."""
+    return args.dtype == "bfloat16" or (args.dtype == "auto" and device.startswith("cuda"))
+
+
+def reference_dtype(args, half):
+    """Of the frozen reference's weights; None: the run needs none. Nobody trains it: half the bytes
+    do, unless a round of imitation starts from them."""
+    if args.algo in sft.IMITATORS:
+        return "float32"
+    if args.kl_coef == 0 and args.kl_sample == 0:
+        return None
+    return "bfloat16" if half else "float32"
 
 
 def move_state(optimizer, device):
@@ -739,14 +744,7 @@ def save(run, iteration):
         "critic": run.critic and run.critic.state_dict(),
         "optimizer": run.optimizer.state_dict(),
     }
-    try:
-        torch.save(state, folder / "training.tmp")
-        data.put_in_place(folder / "training.tmp", folder / "training.pt")
-    except (OSError, RuntimeError) as error:  # a full disk is either
-        reason = data.first_line(error)
-        raise OSError(
-            f"cannot save in {folder} ({reason}): its last checkpoint is whole"
-        ) from error
+    data.save_state(state, folder / "training.pt")
     data.save_model(run.policy, run.tokenizer, run.out / "model")
 
 
@@ -822,17 +820,16 @@ def memory(args, model, half):
     activations = tokens * layers * kept
     if args.gradient_checkpointing:
         activations = tokens * (layers * 4 * hidden + kept)
-    has_reference = args.kl_coef > 0 or args.kl_sample > 0
+    cache = slots * (columns * 2 * layers * kv * width + 16 * config.vocab_size)
+    reference = {None: 0, "bfloat16": policy / 2, "float32": policy}
     logits = 8 * min(tokens * config.vocab_size, 2**25)  # a chunk and its softmax
     owners = {
         "policy": policy + policy / 2 * half,  # and its copy that decodes
         "critic": critic,
-        "reference": policy * has_reference * (0.5 if half else 1),
+        "reference": reference[reference_dtype(args, half)],
         "optimizer": 2 * (policy + critic),
         "gradients": max(policy, critic),
-        "cache": (not args.offload_optimizer)
-        * slots
-        * (columns * 2 * layers * kv * width + 16 * config.vocab_size),
+        "cache": 0 if args.offload_optimizer else cache,  # then it is freed before the update
         "activations": activations + logits,
     }
     if args.offload_optimizer:  # then these are never on the device together
@@ -848,10 +845,12 @@ def dry_run(args):
     """What a run would take, from the model's configuration alone. A table as text."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    from rollout import free_memory
+
     device = data.pick_device(args.device)
-    half = args.dtype == "bfloat16" or (args.dtype == "auto" and device.startswith("cuda"))
+    half = uses_bfloat16(args, device)
     if args.model == "tiny":
-        model = sft.tiny_model(sft.tiny_tokenizer(), 0)
+        model = sft.tiny_model(sft.tiny_tokenizer(args.dataset), 0)
     else:
         try:
             config = AutoConfig.from_pretrained(args.model)
@@ -865,8 +864,8 @@ def dry_run(args):
     lines = [f"{args.model}: {parameters / 1e6:,.1f} million parameters, {args.algo} on {device}"]
     for owner, size in [*owners.items(), ("together", sum(owners.values()))]:
         lines.append(f"{owner:<12}{size / 2**30:9.2f} GiB")
-    free = data.free_memory(device)
-    if free is not None:
+    free = free_memory(device)
+    if free < math.inf:
         fits = "it fits" if sum(owners.values()) < free else f"it does not fit: try {LESS}"
         lines.append(f"{'free':<12}{free / 2**30:9.2f} GiB: {fits}")
     if args.algo == "ppo":
@@ -984,14 +983,9 @@ IMITATION = {
         f"{ROUNDS_OTHER} --iterations 8",
     ),
 }
+# What --resume may change.
 CHANGEABLE = ("iterations", "device", "tokens_per_microbatch", "slots", "eval_every", "save_every")
-CHANGEABLE += (
-    "gradient_checkpointing",
-    "offload_optimizer",
-    "data_dir",
-    "cache",
-    "judges",
-)  # on --resume
+CHANGEABLE += ("gradient_checkpointing", "offload_optimizer", "data_dir", "cache", "judges")
 
 
 def parse(argv=None):
@@ -1056,9 +1050,9 @@ def check(args, size=None):
         )
     if args.model == "tiny":
         sft.check_tiny(args)
-    for flag, package in (("tensorboard", "tensorboard"), ("wandb", "wandb")):
-        if getattr(args, flag) and find_spec(package) is None:
-            raise ValueError(f"--{flag} needs a package: pip install {package}")
+    for package in ("tensorboard", "wandb"):
+        if getattr(args, package) and find_spec(package) is None:
+            raise ValueError(f"--{package} needs a package: pip install {package}")
     sizes = {"questions": args.questions}
     chosen = round(args.rho * args.questions)
     at_most = []  # (flag, its value, what it may not pass, that one's value, which to change)

@@ -290,10 +290,8 @@ def tiny_model(tokenizer, seed):
 
 def save_kept(keep, model, optimizer, losses):
     if rank() == 0:
-        beside = Path(f"{keep}.tmp")
         state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-        torch.save({**state, "losses": losses}, beside)
-        data.put_in_place(beside, keep)
+        data.save_state({**state, "losses": losses}, Path(keep))
 
 
 def load_kept(keep, model, optimizer):

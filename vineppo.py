@@ -167,8 +167,7 @@ def state_rewards(
             f"max_new_tokens={max_new_tokens} must be the limit that the response was sampled with"
         )
     if seed is not None:  # random numbers belong to (seed, request): else the responses' own again
-        entropy = [seed, 2410_01679, call]
-        seed = int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0] >> 2)
+        seed = rollout.seed_of(seed, 2410_01679, call)
     prefixes = [r.prompt + r.response[:start] for _, r, start in states]
     left = [max_new_tokens - start for _, _, start in states]
     groups = rollout.generate(

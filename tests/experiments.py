@@ -320,8 +320,9 @@ def draw_curves(title, runs, goal, out):
     save(figure, out)
 
 
-def save(figure, out):
-    figure.tight_layout()
+def save(figure, out, rect=None):
+    """rect: what of the figure the axes may fill; None: all."""
+    figure.tight_layout(rect=rect)
     Path(out).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(out, dpi=140)
     print(f"wrote {out}")
@@ -654,18 +655,19 @@ def draw_learners(results, runs, k, out):
     color_of = dict(zip(LEARNERS, COLORS))
     color_of |= {"the start": "#999999", "sft goes on": "#000000"}
     counts = [2**i for i in range(k.bit_length())]
+
+    def style(name):
+        algo, _, curriculum = name.partition(", ")
+        return {"color": color_of[algo], "linestyle": ":" if curriculum == "uniform" else "-"}
+
     for name, found in results.items():
-        algo, _, curriculum = name.partition(", ")
-        style = {"color": color_of[algo], "linestyle": ":" if curriculum == "uniform" else "-"}
         y = [np.mean([r[f"pass@{count}"] for r in found]) for count in counts]
-        axes[0].plot(counts, y, label=name, **style)
+        axes[0].plot(counts, y, label=name, **style(name))
     for name, group in runs.items():
-        algo, _, curriculum = name.partition(", ")
-        style = {"color": color_of[algo], "linestyle": ":" if curriculum == "uniform" else "-"}
         length = min(len(run["accuracy"]) for run in group)
         x = np.mean([run["samples"][:length] for run in group], 0)
         y = np.mean([smooth(run["accuracy"])[:length] for run in group], 0)
-        axes[1].plot(x[1:], y[1:], **style)
+        axes[1].plot(x[1:], y[1:], **style(name))
     axes[0].set(xscale="log", xlabel="k", ylabel="pass@k, held out", title="final models")
     axes[0].set_xticks(counts, counts)
     axes[0].minorticks_off()
@@ -673,10 +675,7 @@ def draw_learners(results, runs, k, out):
     for ax in axes:
         ax.spines[["top", "right"]].set_visible(False)
     figure.legend(*axes[0].get_legend_handles_labels(), fontsize=7, frameon=False, loc="right")
-    figure.tight_layout(rect=(0, 0, 0.84, 1))
-    Path(out).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(out, dpi=140)
-    print(f"wrote {out}")
+    save(figure, out, (0, 0, 0.84, 1))
 
 
 P_COTS = ("0.05", "0.1", "0.2", "0.4")

@@ -81,6 +81,8 @@ def speed(size="0.5b", slots=512, new=256):
 
 def iterations():
     """Two of each algorithm on the tiny model, and the peak beside the forecast."""
+    from benchmark import peak_memory
+
     import data
     import sfl
     import sft
@@ -94,9 +96,9 @@ def iterations():
             args = sfl.parse(flags)
             said = sum(sfl.memory(args, model, True).values())
             torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
+            peak_memory(torch.device("cuda"), reset=True)
             sfl.train(args)
-            peak = torch.cuda.max_memory_allocated()
+            peak = peak_memory(torch.device("cuda"))
             ratio = f"said {said / 2**20:,.0f} MiB, took {peak / 2**20:,.0f}"
             print(f"{algo:10} two iterations; {ratio}, ratio {said / peak:.2f}")
 
