@@ -67,19 +67,17 @@ def gae(rewards, values, mask, *, gamma, lam):
     return advantages, advantages + values
 
 
-def critic_advantages(critic, rollouts, rewards, settings):
+def critic_advantages(critic, rollouts, rewards, settings, *, learn=False):
     """PPO's advantages: the critic's values, the reward (one a rollout) on the last token, GAE.
-    Returns advantages (not whitened), values and returns, each a list of 1-D tensors."""
-    values = rollout_values(critic, rollouts, settings)
-    lengths = torch.tensor([len(v) for v in values])
-    padded = pad_sequence(values, batch_first=True)  # (rollouts, longest response)
-    mask = torch.arange(padded.shape[1]) < lengths[:, None]
-    token_rewards = torch.zeros_like(padded)
-    rewards = torch.as_tensor(rewards, dtype=torch.float32)
-    token_rewards[torch.arange(len(lengths)), lengths - 1] = rewards
-    advantages, returns = gae(token_rewards, padded, mask, gamma=settings.gamma, lam=settings.lam)
-    advantages = [a[:length] for a, length in zip(advantages, lengths)]
-    returns = [r[:length] for r, length in zip(returns, lengths)]
+    Returns advantages (not whitened), values and returns, each a list of 1-D tensors.
+
+    learn: leave the gradient of the critic's loss in the critic. An update of a single step, which
+    is then told that the critic has `learned`, need not run it over the same rollouts again."""
+    if learn:
+        values = learning_values(critic, rollouts, rewards, settings)
+    else:
+        values = rollout_values(critic, rollouts, settings)
+    advantages, returns = response_gae(values, rewards, settings)
     return advantages, values, returns
 
 
@@ -138,16 +136,17 @@ def value_loss(new, old, returns, value_clip):
 
 
 def update(
-    policy, optimizer, rollouts, advantages, settings, *,
-    old_logprobs=None, ref_logprobs=None, critic=None, values=None, returns=None, rng=None,
+    policy, optimizer, rollouts, advantages, settings, *, old_logprobs=None, ref_logprobs=None,
+    critic=None, values=None, returns=None, learned=False, rng=None,
 ):  # fmt: skip
     """PPO's epochs of minibatches over an iteration's rollouts (arXiv 1707.06347, algorithm 1);
     with no critic, the update of GRPO, RLOO and VinePPO. Returns metrics: see `update_metrics`.
 
     optimizer: one for the parameters of policy and critic. Lists, a tensor a rollout: advantages;
-    old_logprobs, of the policy that sampled (None: computed here; a single minibatch needs none);
-    ref_logprobs, of the frozen reference, for kl_coef > 0; values and returns, from
-    `critic_advantages`. rng: draws the minibatches. The models are left in eval mode.
+    old_logprobs, of the policy that sampled (None: see `sampled_logprobs`; a single step needs
+    none); ref_logprobs, of the frozen reference, for kl_coef > 0; values and returns, and
+    whether the critic has `learned` already: see `critic_advantages`. rng: draws the minibatches.
+    The models are left in eval mode.
 
     The KL is summed over a response and averaged over responses, as in the authors' code.
     Micro-batches do not change a gradient, nor do several processes (torch.distributed), each of
@@ -155,24 +154,50 @@ def update(
     advantages are all 0 stay out of the policy's pass: they have no gradient, but count in the
     mean. A NaN or an infinity makes no step: see `step`."""
     s = settings
-    check_update(s, rollouts, advantages, old_logprobs, ref_logprobs, critic, values, returns)
+    check_update(
+        s, rollouts, advantages, old_logprobs, ref_logprobs, critic, values, returns, learned
+    )
     no_dropout(policy)
     rng = rng or np.random.default_rng(0)
     parts = math.ceil(len(rollouts) / s.minibatch)  # minibatches an epoch, alike to one rollout
     has_gradient = [s.kl_coef > 0 or bool(a.any()) for a in advantages]
     if old_logprobs is None and s.epochs * parts > 1:
-        old_logprobs = rollout_logprobs(policy, rollouts, s, only=has_gradient)
+        old_logprobs = sampled_logprobs(policy, rollouts, s, only=has_gradient)
     log = defaultdict(list)
     device = next(policy.parameters()).device
-    optimizer.zero_grad()
+    if not learned:
+        optimizer.zero_grad()
 
     for _ in range(s.epochs):
         for minibatch in np.array_split(rng.permutation(len(rollouts)), parts):
-            weights = token_weights(rollouts, minibatch, s.loss_average)
+            # the critic: squared error to the returns
+            if critic is not None:
+                tokens = sum(len(rollouts[i].response) for i in minibatch)
+                unread = [] if learned else share(minibatch)
+                for attempt in until_it_fits(s, optimizer.zero_grad):
+                    with attempt:
+                        error = torch.zeros((), device=device)
+                        for batch in microbatches(rollouts, s.tokens_per_microbatch, unread):
+                            new = response_values(critic, [rollouts[i] for i in batch], s)
+                            old = pick(values, batch, new)  # (tokens,), as all of these
+                            target = pick(returns, batch, new)
+                            loss = value_loss(new, old, target, s.value_clip).sum()
+                            (loss / tokens).backward()
+                            error += loss.detach()
+                if learned:
+                    old, target = torch.cat(values), torch.cat(returns)
+                    error = value_loss(old, old, target, s.value_clip).sum()
+                else:
+                    error = all_sum(error)
+                norm = step(critic, optimizer, float(error), s.max_grad_norm)
+                log["critic"].append({"error": float(error), "tokens": tokens, "grad_norm": norm})
 
             # the policy: the clipped surrogate, and the KL to the reference
+            weights = token_weights(rollouts, minibatch, s.loss_average)
             active = [i for i in minibatch if has_gradient[i]]
-            for attempt in until_it_fits(s, optimizer):
+            if not active:
+                continue
+            for attempt in until_it_fits(s, optimizer.zero_grad):
                 with attempt:
                     sums = torch.zeros(len(TOKEN_SUMS), device=device)
                     for batch in microbatches(rollouts, s.tokens_per_microbatch, share(active)):
@@ -187,36 +212,15 @@ def update(
                         loss = loss + s.kl_coef * kl.sum() / len(minibatch)
                         loss.backward()
                         clipped = surrogate > -ratio * advantage  # there the token has no gradient
-                        columns = surrogate, kl, kl_k3(new, old), clipped, ratio
-                        sums += token_sums(*columns)
-            if active:
-                sums = dict(zip(TOKEN_SUMS, all_sum(sums).tolist()))  # the one wait for the device
-                if sums["ratio_mean"] > s.max_ratio * sums["tokens"]:
-                    log["skipped"].append(sums)
-                    optimizer.zero_grad()
-                else:
-                    loss = sums["policy_loss"] + sums["kl"]
-                    norm = step(policy, optimizer, loss, s.max_grad_norm)
-                    log["policy"].append({**sums, "grad_norm": norm})
-
-            if critic is None:
-                continue
-
-            # the critic: squared error to the returns
-            tokens = sum(len(rollouts[i].response) for i in minibatch)
-            for attempt in until_it_fits(s, optimizer):
-                with attempt:
-                    error = torch.zeros((), device=device)
-                    for batch in microbatches(rollouts, s.tokens_per_microbatch, share(minibatch)):
-                        new = response_values(critic, [rollouts[i] for i in batch], s)
-                        old = pick(values, batch, new)  # (tokens,), as all of these
-                        target = pick(returns, batch, new)
-                        loss = value_loss(new, old, target, s.value_clip).sum()
-                        (loss / tokens).backward()
-                        error += loss.detach()
-            error = float(all_sum(error))
-            norm = step(critic, optimizer, error, s.max_grad_norm)
-            log["critic"].append({"error": error, "tokens": tokens, "grad_norm": norm})
+                        sums += token_sums(surrogate, kl, kl_k3(new, old), clipped, ratio)
+            sums = dict(zip(TOKEN_SUMS, all_sum(sums).tolist()))  # the one wait for the device
+            if sums["ratio_mean"] > s.max_ratio * sums["tokens"]:
+                log["skipped"].append(sums)
+                optimizer.zero_grad()
+            else:
+                loss = sums["policy_loss"] + sums["kl"]
+                norm = step(policy, optimizer, loss, s.max_grad_norm)
+                log["policy"].append({**sums, "grad_norm": norm})
 
     return update_metrics(log, ref_logprobs, values, returns)
 
@@ -305,16 +309,17 @@ def step(model, optimizer, loss, max_grad_norm):
     return norm
 
 
-def until_it_fits(settings, optimizer=None):
+def until_it_fits(settings, clear=None):
     """`with` blocks to do the same thing in until memory suffices: a next one has half the
-    tokens_per_microbatch, which changes no gradient, and starts from none."""
+    tokens_per_microbatch, which changes no gradient. clear: called between them, to forget the
+    gradient so far."""
     fitted = []
     while not fitted:
-        yield halve_when_full(settings, optimizer, fitted)
+        yield halve_when_full(settings, clear, fitted)
 
 
 @contextmanager
-def halve_when_full(settings, optimizer, fitted):
+def halve_when_full(settings, clear, fitted):
     try:
         yield
         fitted.append(True)
@@ -322,8 +327,8 @@ def halve_when_full(settings, optimizer, fitted):
         if settings.tokens_per_microbatch < 2:
             raise
         settings.tokens_per_microbatch //= 2
-        if optimizer is not None:
-            optimizer.zero_grad()
+        if clear is not None:
+            clear()
         half = settings.tokens_per_microbatch
         warnings.warn(f"out of memory: going on with --tokens_per_microbatch {half}", stacklevel=2)
         torch.cuda.empty_cache()
@@ -401,15 +406,15 @@ def no_dropout(model):
 
 
 @torch.no_grad()
-def rollout_scores(score, model, rollouts, settings, only=None):
+def rollout_scores(score, model, rollouts, settings, only=None, clear=None):
     """score(model, some rollouts, settings) -> (tokens,), over all rollouts: a list of 1-D tensors,
-    no gradient. only: a bool a rollout; the others' entries are None."""
+    no gradient. only: a bool a rollout; the others' entries are None. clear: `until_it_fits`'s."""
     check_rollouts(rollouts)
     no_dropout(model)
     scores = [None] * len(rollouts)
     chosen = [i for i in range(len(rollouts)) if only is None or only[i]]
     mine = share(chosen)
-    for attempt in until_it_fits(settings):
+    for attempt in until_it_fits(settings, clear):
         with attempt:
             for batch in microbatches(rollouts, settings.tokens_per_microbatch, mine):
                 flat = score(model, [rollouts[i] for i in batch], settings).float().cpu()
@@ -419,6 +424,51 @@ def rollout_scores(score, model, rollouts, settings, only=None):
     for i, piece in zip(chosen, gather([scores[i] for i in mine])):
         scores[i] = piece
     return scores
+
+
+def response_gae(values, rewards, settings):
+    """`gae` of responses: values, a list of 1-D tensors, and one reward each, for the last token.
+    Returns advantages and returns, like values."""
+    lengths = torch.tensor([len(v) for v in values])
+    padded = pad_sequence(values, batch_first=True)  # (rollouts, longest response)
+    mask = torch.arange(padded.shape[1]) < lengths[:, None]
+    token_rewards = torch.zeros_like(padded)
+    rewards = torch.as_tensor(rewards, dtype=torch.float32)
+    token_rewards[torch.arange(len(lengths)), lengths - 1] = rewards
+    advantages, returns = gae(token_rewards, padded, mask, gamma=settings.gamma, lam=settings.lam)
+    advantages = [a[:length] for a, length in zip(advantages, lengths)]
+    returns = [r[:length] for r, length in zip(returns, lengths)]
+    return advantages, returns
+
+
+def learning_values(critic, rollouts, rewards, settings):
+    """`rollout_values`, and in the same pass the gradient of the critic's loss over all of them: a
+    response's returns depend on no values but its own."""
+    tokens = sum(len(r.response) for r in rollouts)
+    reward_of = {id(rollout): reward for rollout, reward in zip(rollouts, rewards)}
+
+    @torch.enable_grad()
+    def learn(critic, some, settings):
+        new = response_values(critic, some, settings)
+        old = new.detach()
+        pieces = old.float().cpu().split([len(r.response) for r in some])
+        _, returns = response_gae(pieces, [reward_of[id(r)] for r in some], settings)
+        target = torch.cat(returns).to(new.device)
+        loss = value_loss(new, old, target, settings.value_clip).sum()
+        (loss / tokens).backward()
+        return old
+
+    return rollout_scores(learn, critic, rollouts, settings, clear=critic.zero_grad)
+
+
+def sampled_logprobs(policy, rollouts, settings, only=None):
+    """Of the policy that sampled. In float32 those of generation are the same; under autocast it
+    decoded with rounded weights, and the first ratio would not be 1."""
+    sampled = [torch.tensor(getattr(r, "logprobs", [])) for r in rollouts]
+    whole = all(len(x) == len(r.response) for x, r in zip(sampled, rollouts))
+    if settings.autocast is None and whole:
+        return sampled
+    return rollout_logprobs(policy, rollouts, settings, only)
 
 
 rollout_logprobs = partial(rollout_scores, response_logprobs)  # (policy, rollouts, settings)
@@ -641,7 +691,9 @@ def check_rollouts(rollouts, **lists):
             require(entry.isfinite().all(), message)
 
 
-def check_update(s, rollouts, advantages, old_logprobs, ref_logprobs, critic, values, returns):
+def check_update(
+    s, rollouts, advantages, old_logprobs, ref_logprobs, critic, values, returns, learned
+):
     lists = {"old_logprobs": old_logprobs, "ref_logprobs": ref_logprobs}
     lists |= {"advantages": advantages, "values": values, "returns": returns}
     check_rollouts(rollouts, **lists)
@@ -651,5 +703,8 @@ def check_update(s, rollouts, advantages, old_logprobs, ref_logprobs, critic, va
     require(s.kl_coef == 0 or ref_logprobs is not None, message)
     message = "a critic needs values and returns: see ppo.critic_advantages"
     require(critic is None or not (values is None or returns is None), message)
+    single = s.epochs == 1 and len(rollouts) <= s.minibatch
+    message = f"{sizes}: only an update of one step can find that its critic has learned already"
+    require(single or not learned, message)
     message = f"autocast {s.autocast}: None or torch.bfloat16 (float16 would need scaled losses)"
     require(s.autocast in (None, torch.bfloat16), message)

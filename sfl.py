@@ -177,8 +177,7 @@ def train(args, signals=None):
     run = setup(args)
     run.signals = signals or SimpleNamespace(came=[])
     before = start_or_resume(run, args)
-    result = before["greedy"]
-    log = Log(run.out, args)
+    result, log = before["greedy"], Log(run.out, args)
     bar = progress_bar(run.out.name, args.iterations, "iteration", rank() == 0, run.start)
     run.signals.wait = True  # for the end of an iteration
     for iteration in range(run.start, args.iterations):
@@ -197,7 +196,7 @@ def train(args, signals=None):
         advantages = values = returns = None
         if args.algo == "ppo":
             advantages, values, returns = ppo.critic_advantages(
-                run.critic, rollouts, batch.rewards.flatten(), run.settings
+                run.critic, rollouts, batch.rewards.flatten(), run.settings, learn=run.one_pass
             )
         elif args.algo == "vineppo":
             advantages, spent = monte_carlo_credit(args, run, batch)
@@ -223,6 +222,7 @@ def train(args, signals=None):
             row |= ppo.update(
                 run.policy, run.optimizer, rollouts, advantages, run.settings, rng=run.rng,
                 ref_logprobs=ref_logprobs, critic=run.critic, values=values, returns=returns,
+                learned=run.one_pass,
             )  # fmt: skip
         row["seconds_update"] = time.perf_counter() - clock
 
@@ -631,11 +631,13 @@ def setup(args):
         )  # fmt: skip
         return {**result, "responses": result["responses"][:3]}
 
+    one_step = args.epochs == 1 and args.questions * args.rollouts <= args.minibatch
     return SimpleNamespace(
         out=out,
         policy=policy,
         tokenizer=tokenizer,
         critic=critic,
+        one_pass=one_step and not args.offload_optimizer,  # there the cache is still in memory
         reference=reference,
         optimizer=optimizer,
         settings=settings,

@@ -1,6 +1,7 @@
 """Speed and memory, each beside its rival in one process, in turns: read the ratios.
 
     python tests/benchmark.py generation   # tokens a second, beside transformers' own generation
+    python tests/benchmark.py nucleus      # sampling with top-p, beside sorting the vocabulary
     python tests/benchmark.py logprobs     # peak memory and time, beside the plain log-softmax
     python tests/benchmark.py iteration    # one of the default task, beside TRL's GRPOTrainer
     python tests/benchmark.py memory       # the peak of an iteration, beside sfl.py --dry_run's
@@ -166,6 +167,46 @@ def by_generate(model, prompts, lengths, batch):
     return computed
 
 
+# --------------------------------------------------------------------------- nucleus
+
+
+def nucleus(args):
+    """One token a row at top-p 0.9, from logits as peaked as a trained model's (a nucleus of a few
+    tokens) and from flat ones, beside transformers' filter, which sorts."""
+    import numpy as np
+    import torch
+    from transformers import TopPLogitsWarper
+
+    import rollout
+
+    def ours(logits, how):
+        rollout.sample(logits, torch.full((len(logits),), 0.5, device=logits.device), how)
+
+    def by_sorting(logits, how):
+        filtered = TopPLogitsWarper(how.top_p)(None, logits)
+        filtered.softmax(-1).multinomial(1)
+
+    plain, truncated = (rollout.Sampling(1.0, top_p, 0, 0, {0}) for top_p in (1.0, 0.9))
+    contenders = {"ours": (ours, truncated), "ours, top-p 1": (ours, plain)}
+    contenders["sorting"] = by_sorting, truncated
+    for vocab, (name, scale) in itertools.product((4096, 151936), (("peaked", 8), ("flat", 1))):
+        torch.manual_seed(0)
+        logits = scale * torch.randn(args.rows, vocab, device=args.device)
+        seconds = {name: [] for name in contenders}
+        for run, (who, (function, how)) in itertools.product(
+            range(args.runs + 1), contenders.items()
+        ):
+            start = time.perf_counter()
+            with torch.inference_mode():
+                function(logits, how)
+            if args.device == "cuda":
+                torch.cuda.synchronize()
+            seconds[who] += [time.perf_counter() - start] * (run > 0)  # the first warms up
+        ours_took = np.array(seconds.pop("ours"))
+        ratios = [f"{low_middle_high(np.array(x) / ours_took)} {who}" for who, x in seconds.items()]
+        print(f"vocabulary {vocab:,}, {name}: in times of ours, {'; '.join(ratios)}")
+
+
 # --------------------------------------------------------------------------- log-probs
 
 
@@ -299,10 +340,11 @@ def ours(model, tokenizer, prompts, algo):
             advantages = ppo.per_token(rollouts, scores.flatten())
         else:
             advantages, values, returns = ppo.critic_advantages(
-                critic, rollouts, rewards.flatten(), settings
+                critic, rollouts, rewards.flatten(), settings, learn=True
             )
             advantages = ppo.whiten(advantages)
         critics = {"critic": critic, "values": values, "returns": returns}
+        critics["learned"] = critic is not None
         ppo.update(policy, optimizer, rollouts, advantages, settings, **critics)
         return time.perf_counter() - start, np.mean([len(r.response) for r in rollouts])
 
@@ -412,11 +454,11 @@ def parse(argv=None):
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for command in (generation, logprobs, iteration, memory):
+    for command in (generation, nucleus, logprobs, iteration, memory):
         add = commands.add_parser(command.__name__, description=command.__doc__)
         add.set_defaults(run=command)
         add.add_argument("--runs", type=positive, default=5, help="of each contender (5)")
-        if command in (generation, logprobs):
+        if command in (generation, nucleus, logprobs):
             add.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
         if command is generation:
             add.add_argument("--model", default="tiny", help=f"{', '.join(SIZES)}, or a folder")
@@ -427,6 +469,8 @@ def parse(argv=None):
             add.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
             add.add_argument("--prefixes", action="store_true", help="no rival: n responses from 8 "
                              "states of a response, prefixes shared and not")  # fmt: skip
+        if command is nucleus:
+            add.add_argument("--rows", type=positive, default=64, help="decoded at once (64)")
         if command is logprobs:
             sizes = {"batch": 4, "time": 512, "vocab": 151936, "width": 896, "layers": 2}
             for name, default in sizes.items():

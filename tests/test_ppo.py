@@ -23,6 +23,7 @@ from transformers import (
 )
 
 import ppo
+from rollout import generate
 
 VOCAB = 61
 SMALL = {"vocab_size": VOCAB, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, **SHAPE}
@@ -579,6 +580,63 @@ def test_gradient_of_the_critic_and_its_metrics(budget):
     assert metrics["critic_grad_norm"] == pytest.approx(float(expected.norm()), rel=1e-3)
     explained = 1 - float((target - old).var() / target.var())
     assert metrics["explained_variance"] == pytest.approx(explained, abs=1e-4)
+
+
+@pytest.mark.parametrize("lam", [1.0, 0.9])
+def test_a_critic_that_learns_as_it_is_read_takes_the_same_step(lam):
+    """One pass for values and gradient, in several micro-batches, beside two passes."""
+    model, rollouts = build(), some_rollouts()
+    fresh = ppo.ValueModel(model)
+    torch.nn.init.normal_(fresh.head.weight, std=0.1)
+    rewards = np.arange(len(rollouts)) % 2
+    settings = one_step(lam=lam, gamma=0.95, tokens_per_microbatch=20)
+    trained, found = [], []
+    for learn in (False, True):
+        policy, critic = copy.deepcopy(model), copy.deepcopy(fresh)
+        lists = ppo.critic_advantages(critic, rollouts, rewards, settings, learn=learn)
+        assert any(p.grad is not None for p in critic.parameters()) == learn
+        advantages, values, returns = lists
+        metrics = ppo.update(
+            policy, sgd(policy, critic), rollouts, advantages, settings,
+            critic=critic, values=values, returns=returns, learned=learn,
+        )  # fmt: skip
+        trained.append([difference(fresh, critic), difference(model, policy)])
+        found.append([torch.cat(x) for x in lists] + [torch.tensor(list(metrics.values()))])
+    for two, one in zip([*trained[0], *found[0]], [*trained[1], *found[1]], strict=True):
+        close(one, two)
+    assert trained[0][0].any() and trained[0][1].any()
+
+
+def test_a_critic_can_only_have_learned_for_a_single_step():
+    rollouts = some_rollouts(4)
+    numbers = noise(rollouts)
+    policy = build()
+    critic = ppo.ValueModel(policy)
+    for settings in (ppo.Settings(epochs=2), ppo.Settings(minibatch=2)):
+        with pytest.raises(ValueError, match="4 rollouts, .* only an update of one step"):
+            ppo.update(
+                policy, sgd(policy, critic), rollouts, numbers, settings,
+                critic=critic, values=numbers, returns=numbers, learned=True,
+            )  # fmt: skip
+
+
+def test_old_logprobs_are_those_of_generation_where_it_computed_in_float32():
+    model = build()
+    settings = ppo.Settings(temperature=0.7)
+    groups = generate(
+        model, [[3, 4], [5, 6, 7]], n=3, max_new_tokens=6, temperature=0.7, seed=0, stop_ids=[1]
+    )
+    rollouts = [rollout for group in groups for rollout in group]
+    sampled = ppo.sampled_logprobs(model, rollouts, settings)
+    assert [x.tolist() for x in sampled] == [pytest.approx(r.logprobs) for r in rollouts]
+    computed = ppo.rollout_logprobs(model, rollouts, settings)
+    torch.testing.assert_close(torch.cat(sampled), torch.cat(computed), atol=1e-5, rtol=0)
+    settings.autocast = torch.bfloat16  # then generation's are of rounded weights
+    again = ppo.sampled_logprobs(model, rollouts, settings)
+    assert torch.equal(torch.cat(again), torch.cat(ppo.rollout_logprobs(model, rollouts, settings)))
+    bare = [SimpleNamespace(prompt=r.prompt, response=r.response, logprobs=[]) for r in rollouts]
+    settings.autocast = None
+    assert torch.equal(torch.cat(ppo.sampled_logprobs(model, bare, settings)), torch.cat(computed))
 
 
 def test_gradient_norms_are_clipped_each_by_itself():

@@ -262,7 +262,7 @@ def truncated(probs, top_k=0, top_p=1.0):
 def test_top_k_top_p():
     rng = np.random.default_rng(0)
     for case in range(200):
-        vocab = int(rng.integers(2, 60))
+        vocab = int(rng.integers(2, 60) if case % 2 else rng.integers(60, 200))
         probs = rng.dirichlet(np.full(vocab, rng.choice([0.05, 0.3, 1.0, 20.0])), 3)
         if case % 3 == 0:  # ties
             probs = rng.integers(1, 5, (3, vocab)) / 8.0
@@ -278,6 +278,22 @@ def test_top_k_top_p():
         ), (top_k, top_p)
     one = torch.tensor([[0.0, 1.0, 0.0]])
     assert torch.equal(top_k_top_p(one, 0, 0.5), one)
+
+
+@pytest.mark.parametrize("top_p", [0.05, 0.5, 0.9, 0.999])
+def test_wide_and_narrow_nuclei_in_one_batch(top_p):
+    """Rows whose nucleus is found among the likeliest tokens, and rows bisected: each as alone."""
+    random = torch.Generator().manual_seed(0)
+    scales = torch.tensor([0.1, 1, 2, 4, 8, 12])[:, None]
+    probs = (scales * torch.randn(6, 1000, generator=random)).softmax(-1)
+    together = top_k_top_p(probs, 0, top_p)
+    alone = [top_k_top_p(probs[i : i + 1], 0, top_p)[0] for i in range(6)]
+    assert torch.equal(together, torch.stack(alone))
+    needed = top_p * probs.sum(-1, keepdim=True)
+    bisected = probs * (probs >= rollout.bisect_nucleus(probs, needed, top_p))
+    assert torch.equal(together > 0, bisected > 0)
+    sizes = (together > 0).sum(-1)
+    assert top_p < 0.9 or (sizes.min() < 64 < sizes.max())
 
 
 def chi_square(counts, probs):
