@@ -542,14 +542,15 @@ def load_model(path, *, device="cpu", dtype="float32"):
     return model.to(device).eval(), tokenizer
 
 
-def save_model(model, tokenizer, folder):
-    """Model and tokenizer as `from_pretrained` loads them. Each file is written elsewhere and
+def save_model(model, tokenizer, folder, weights=None):
+    """Model and tokenizer as `from_pretrained` loads them; weights: others than the model's own, by
+    name. Each file is written elsewhere and
     renamed over the old one: an interruption leaves whole files."""
     folder = Path(folder)
     beside = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(beside, ignore_errors=True)
     try:
-        model.save_pretrained(beside)
+        model.save_pretrained(beside, state_dict=weights)
         tokenizer.save_pretrained(beside)
     except Exception as error:  # a full disk has many names
         raise OSError(f"cannot save a model in {folder} ({first_line(error)})") from error

@@ -35,14 +35,17 @@ from collections import defaultdict
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from types import MethodType
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.nn.utils import clip_grad_norm_
 from torch.nn.utils.rnn import pad_sequence
 
-from rollout import all_sum, gather, many_processes, share
+import rollout
+from rollout import all_shares, all_sum, gather, many_processes, rank, share
 
 # --------------------------------------------------------------------------- advantages
 
@@ -143,20 +146,18 @@ def update(
     with no critic, the update of GRPO, RLOO and VinePPO. Returns metrics: see `update_metrics`.
 
     optimizer: one for the parameters of policy and critic. Lists, a tensor a rollout: advantages;
-    old_logprobs, of the policy that sampled (None: see `sampled_logprobs`; a single step needs
-    none); ref_logprobs, of the frozen reference, for kl_coef > 0; values and returns, and
-    whether the critic has `learned` already: see `critic_advantages`. rng: draws the minibatches.
-    The models are left in eval mode.
+    old_logprobs, of the policy that sampled (None: `sampled_logprobs`); ref_logprobs, of the frozen
+    reference, for kl_coef > 0; values and returns. learned: see `critic_advantages`. rng: draws the
+    minibatches. The models are left in eval mode.
 
     The KL is summed over a response and averaged over responses, as in the authors' code.
     Micro-batches do not change a gradient, nor do several processes (torch.distributed), each of
-    which has all rollouts and does its share of each minibatch. Without a KL, rollouts whose
+    which has all rollouts and does its share of a minibatch. Without a KL, rollouts whose
     advantages are all 0 stay out of the policy's pass: they have no gradient, but count in the
     mean. A NaN or an infinity makes no step: see `step`."""
     s = settings
-    check_update(
-        s, rollouts, advantages, old_logprobs, ref_logprobs, critic, values, returns, learned
-    )
+    critic_lists = critic, values, returns, learned
+    check_update(s, rollouts, advantages, old_logprobs, ref_logprobs, *critic_lists)
     no_dropout(policy)
     rng = rng or np.random.default_rng(0)
     parts = math.ceil(len(rollouts) / s.minibatch)  # minibatches an epoch, alike to one rollout
@@ -173,7 +174,7 @@ def update(
             # the critic: squared error to the returns
             if critic is not None:
                 tokens = sum(len(rollouts[i].response) for i in minibatch)
-                unread = [] if learned else share(minibatch)
+                unread = [] if learned else minibatch
                 for attempt in until_it_fits(s, optimizer.zero_grad):
                     with attempt:
                         error = torch.zeros((), device=device)
@@ -184,13 +185,12 @@ def update(
                             loss = value_loss(new, old, target, s.value_clip).sum()
                             (loss / tokens).backward()
                             error += loss.detach()
+                error = float(all_sum(error))
                 if learned:
                     old, target = torch.cat(values), torch.cat(returns)
-                    error = value_loss(old, old, target, s.value_clip).sum()
-                else:
-                    error = all_sum(error)
-                norm = step(critic, optimizer, float(error), s.max_grad_norm)
-                log["critic"].append({"error": float(error), "tokens": tokens, "grad_norm": norm})
+                    error = float(value_loss(old, old, target, s.value_clip).sum())
+                norm = step(critic, optimizer, error, s.max_grad_norm)
+                log["critic"].append({"error": error, "tokens": tokens, "grad_norm": norm})
 
             # the policy: the clipped surrogate, and the KL to the reference
             weights = token_weights(rollouts, minibatch, s.loss_average)
@@ -200,7 +200,7 @@ def update(
             for attempt in until_it_fits(s, optimizer.zero_grad):
                 with attempt:
                     sums = torch.zeros(len(TOKEN_SUMS), device=device)
-                    for batch in microbatches(rollouts, s.tokens_per_microbatch, share(active)):
+                    for batch in microbatches(rollouts, s.tokens_per_microbatch, active):
                         new = response_logprobs(policy, [rollouts[i] for i in batch], s)
                         old = pick(old_logprobs, batch, new)  # (tokens,), as all of these
                         ref = pick(ref_logprobs, batch, new)
@@ -269,6 +269,7 @@ class Settings:
     max_grad_norm: float | None = 1.0  # of policy and critic each; None: no clipping
     max_ratio: float = 10.0  # a minibatch of larger mean ratio makes no policy step
     tokens_per_microbatch: int = 8192  # padded tokens in one forward and backward
+    fsdp: bool = False  # are the models in parts (`shard`)?
     autocast: torch.dtype | None = None  # None or torch.bfloat16: of the matrix products
 
 
@@ -292,13 +293,14 @@ def step(model, optimizer, loss, max_grad_norm):
     """An optimizer step along the gradient at hand, of all processes together; the gradient's norm
     before clipping. With a NaN or an infinity in loss or gradient no step is made, and the norm is
     NaN: it is counted in the metrics, and `model.bad_steps` counts how many came in a row."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
+    parameters = [p for p in model.parameters() if p.grad is not None]
     for parameter in parameters if many_processes() else []:
-        if parameter.grad is None:  # this process had nothing to do
-            parameter.grad = torch.zeros_like(parameter)
-        all_sum(parameter.grad)
+        if rollout.is_part(parameter):
+            parameter.grad *= dist.get_world_size()  # FSDP's is the mean of the processes'
+        else:
+            all_sum(parameter.grad)
     limit = math.inf if max_grad_norm is None else max_grad_norm
-    norm = float(clip_grad_norm_(parameters, limit))
+    norm = float(rollout.whole(clip_grad_norm_(parameters, limit)))
     if math.isfinite(loss) and math.isfinite(norm):
         model.bad_steps = 0
         optimizer.step()
@@ -324,7 +326,7 @@ def halve_when_full(settings, clear, fitted):
         yield
         fitted.append(True)
     except torch.OutOfMemoryError:
-        if settings.tokens_per_microbatch < 2:
+        if settings.tokens_per_microbatch < 2 or settings.fsdp:  # others wait for this very pass
             raise
         settings.tokens_per_microbatch //= 2
         if clear is not None:
@@ -356,13 +358,21 @@ def per_token(rollouts, scores):
 def microbatches(rollouts, tokens_per_microbatch, chosen=None):
     """Indices of the chosen rollouts (None: all) in groups of like length, whose count times their
     longest stays within the budget (padded tokens; a longer rollout goes alone). Longest first: if
-    memory runs out, it does so at once."""
+    memory runs out, it does so at once.
 
+    Of several processes each gets the groups of its share, and all get as many, the last ones maybe
+    empty: models in parts (`shard`) are gathered from all in every pass."""
+    chosen = range(len(rollouts)) if chosen is None else chosen
+    shares = [of_like_length(rollouts, tokens_per_microbatch, part) for part in all_shares(chosen)]
+    groups = shares[rank()]
+    return groups + [[]] * (max(map(len, shares)) - len(groups))
+
+
+def of_like_length(rollouts, tokens_per_microbatch, chosen):
     def length(i):
         return len(rollouts[i].prompt) + len(rollouts[i].response)
 
     groups = []
-    chosen = range(len(rollouts)) if chosen is None else chosen
     for i in sorted(chosen, key=length, reverse=True):
         if groups and (len(groups[-1]) + 1) * length(groups[-1][0]) <= tokens_per_microbatch:
             groups[-1].append(i)
@@ -373,11 +383,11 @@ def microbatches(rollouts, tokens_per_microbatch, chosen=None):
 
 def pad(rollouts, model):
     """tokens (batch, time), padded on the right, and mask (batch, time - 1): True where the NEXT
-    token belongs to the response."""
+    token belongs to the response. No rollouts: a row with no response."""
     device = next(model.parameters()).device
-    tokens = pad_sequence([torch.tensor(r.prompt + r.response) for r in rollouts], batch_first=True)
-    prompt = torch.tensor([len(r.prompt) for r in rollouts])[:, None]
-    response = torch.tensor([len(r.response) for r in rollouts])[:, None]
+    rows = [(r.prompt, r.response) for r in rollouts] or [([0, 0], [])]
+    tokens = pad_sequence([torch.tensor(p + r) for p, r in rows], batch_first=True)
+    prompt, response = torch.tensor([[len(p), len(r)] for p, r in rows]).T[:, :, None]
     target = torch.arange(1, tokens.shape[1])
     mask = (target >= prompt) & (target < prompt + response)
     return tokens.to(device), mask.to(device)
@@ -386,7 +396,7 @@ def pad(rollouts, model):
 def pick(entries, batch, like):
     """The numbers at the response tokens of a micro-batch, (tokens,), on the device of `like`; of
     no entries, `like` itself, as a constant."""
-    if entries is None:
+    if entries is None or not batch:
         return like.detach()
     return torch.cat([entries[i] for i in batch]).to(like.device)
 
@@ -413,15 +423,14 @@ def rollout_scores(score, model, rollouts, settings, only=None, clear=None):
     no_dropout(model)
     scores = [None] * len(rollouts)
     chosen = [i for i in range(len(rollouts)) if only is None or only[i]]
-    mine = share(chosen)
     for attempt in until_it_fits(settings, clear):
         with attempt:
-            for batch in microbatches(rollouts, settings.tokens_per_microbatch, mine):
+            for batch in microbatches(rollouts, settings.tokens_per_microbatch, chosen):
                 flat = score(model, [rollouts[i] for i in batch], settings).float().cpu()
                 pieces = flat.split([len(rollouts[i].response) for i in batch])
                 for i, piece in zip(batch, pieces):
                     scores[i] = piece
-    for i, piece in zip(chosen, gather([scores[i] for i in mine])):
+    for i, piece in zip(chosen, gather([scores[i] for i in share(chosen)])):
         scores[i] = piece
     return scores
 
@@ -429,6 +438,8 @@ def rollout_scores(score, model, rollouts, settings, only=None, clear=None):
 def response_gae(values, rewards, settings):
     """`gae` of responses: values, a list of 1-D tensors, and one reward each, for the last token.
     Returns advantages and returns, like values."""
+    if not values:
+        return [], []
     lengths = torch.tensor([len(v) for v in values])
     padded = pad_sequence(values, batch_first=True)  # (rollouts, longest response)
     mask = torch.arange(padded.shape[1]) < lengths[:, None]
@@ -445,7 +456,7 @@ def learning_values(critic, rollouts, rewards, settings):
     """`rollout_values`, and in the same pass the gradient of the critic's loss over all of them: a
     response's returns depend on no values but its own."""
     tokens = sum(len(r.response) for r in rollouts)
-    reward_of = {id(rollout): reward for rollout, reward in zip(rollouts, rewards)}
+    reward_of = {id(r): reward for r, reward in zip(rollouts, rewards)}
 
     @torch.enable_grad()
     def learn(critic, some, settings):
@@ -453,7 +464,7 @@ def learning_values(critic, rollouts, rewards, settings):
         old = new.detach()
         pieces = old.float().cpu().split([len(r.response) for r in some])
         _, returns = response_gae(pieces, [reward_of[id(r)] for r in some], settings)
-        target = torch.cat(returns).to(new.device)
+        target = pick(returns, range(len(some)), new)
         loss = value_loss(new, old, target, settings.value_clip).sum()
         (loss / tokens).backward()
         return old
@@ -488,11 +499,55 @@ def token_logprobs(model, tokens, *, temperature=1.0, mask=None, chunk=None):
     check_head(model)
     if mask is None:
         mask = torch.ones_like(tokens[:, 1:], dtype=torch.bool)
+    logprobs_of = getattr(model, "logprobs_in_parts", partial(masked_logprobs, model))
+    return logprobs_of(tokens, temperature, mask, chunk)
+
+
+def masked_logprobs(model, tokens, temperature, mask, chunk):
     # the last column is only ever a target: the backbone need not read it
     hidden = model.base_model(input_ids=tokens[:, :-1], use_cache=False).last_hidden_state
     logprobs = head_logprobs(model, hidden[mask], tokens[:, 1:][mask], temperature, chunk)
     zeros = torch.zeros(mask.shape, dtype=logprobs.dtype, device=mask.device)
     return zeros.masked_scatter(mask, logprobs)
+
+
+def shard(model, decoder=None):
+    """FSDP2: each process keeps a part of every weight, its gradient and its moments in Adam. A
+    pass gathers a layer's weights when it comes to the layer, and forgets them behind it. model: a
+    `ValueModel`, or a policy, of which a whole copy is kept to decode with, of the dtype `decoder`.
+    Make the optimizer afterwards."""
+    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+
+    is_policy = not isinstance(model, ValueModel)
+    if is_policy:
+        check_head(model)
+        rollout.keep_copy(model, decoder)
+    names = (model if is_policy else model.backbone)._no_split_modules or ()
+    for layer in [module for module in model.modules() if type(module).__name__ in names]:
+        fully_shard(layer)
+    fully_shard(model)
+    if is_policy:  # `token_logprobs` calls backbone and head, not the model
+        model.logprobs_in_parts = MethodType(masked_logprobs, model)
+        register_fsdp_forward_method(model, "logprobs_in_parts")
+
+
+def put_together(state):
+    """A state dict without parts: a collective where there are any (--fsdp)."""
+    if isinstance(state, dict):
+        return {name: put_together(value) for name, value in state.items()}
+    return rollout.whole(state).cpu() if rollout.is_part(state) else state
+
+
+def take_apart(state, like):
+    """Replace the tensors in a state dict by this process's parts, where the parameters of the same
+    names are parts."""
+    from torch.distributed.tensor import distribute_tensor
+
+    for name, value in state.items():
+        parameter = like.get(name)
+        if rollout.is_part(parameter) and value.shape == parameter.shape:
+            where = parameter.device_mesh, parameter.placements
+            state[name] = distribute_tensor(value.to(parameter.device), *where)
 
 
 def head_logprobs(model, hidden, targets, temperature, chunk=None):

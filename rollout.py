@@ -112,11 +112,14 @@ def generate(
         groups.append([Request(next(numbers), prompt, budget) for _ in range(count)])
     requests = [request for group in groups for request in group]
     stats = {} if stats is None else stats
+    decoder = low_precision_copy(model, dtype)
+    if engine == "slots":
+        check_servable(decoder if in_parts(model) else model)
     mine = share(requests)  # all of them, unless several processes share the work
     if mine:
         serve = generate_slots if engine == "slots" else generate_hf
         with progress_bar("rollouts", len(mine), "rollout", progress, leave=False) as bar:
-            serve(model, dtype, mine, slots, how, stats, bar)
+            serve(decoder, mine, slots, how, stats, bar)
     for request, rollout in zip(requests, gather([request.rollout for request in mine])):
         request.rollout = rollout
     add(stats, tokens_generated=sum(len(request.rollout.response) for request in requests))
@@ -597,10 +600,8 @@ def capture(engine, step):
 ENGINES, COPIES = weakref.WeakKeyDictionary(), weakref.WeakKeyDictionary()
 
 
-def generate_slots(model, dtype, requests, slots, how, stats, bar):
+def generate_slots(model, requests, slots, how, stats, bar):
     """Find or make the model's engine and run it, with half the slots when memory runs out."""
-    check_servable(model)
-    model = low_precision_copy(model, dtype)
     max_new = max(request.budget for request in requests)
     columns = max(len(request.prompt) + request.budget for request in requests)
     columns = -(-columns // 64) * 64  # few sizes, so that the next call finds a table that fits
@@ -660,18 +661,27 @@ def free_memory(device):
     return math.inf
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def low_precision_copy(model, dtype):
     """The model, or its one copy in `dtype` with weights brought up to date: the training weights
-    stay float32."""
+    stay float32. A model in parts decodes by the copy that was made before it was taken apart."""
+    twin = COPIES.get(model)
+    if in_parts(model):
+        for old, new in zip(twin.parameters(), model.parameters()):
+            old.copy_(whole(new))
+        return twin
     if dtype in (None, model.dtype):
         return model
-    twin = COPIES.get(model)
     if twin is None or (twin.dtype, twin.device) != (dtype, model.device):
-        twin = COPIES[model] = copy.deepcopy(model).requires_grad_(False)
-        for p in twin.parameters():  # not twin.to(dtype): rotary frequencies must stay float32
-            p.data = p.data.to(dtype)
+        twin = keep_copy(model, dtype)
     torch._foreach_copy_(list(twin.parameters()), list(model.parameters()))
+    return twin
+
+
+def keep_copy(model, dtype):
+    twin = COPIES[model] = copy.deepcopy(model).requires_grad_(False)
+    for p in twin.parameters():  # not twin.to(dtype): rotary frequencies must stay float32
+        p.data = p.data.to(dtype)
     return twin
 
 
@@ -725,10 +735,9 @@ def to_rollout(request, tokens, logprobs, stopped, how):
     return Rollout(request.prompt, tokens, logprobs, stopped, stop)
 
 
-def generate_hf(model, dtype, requests, slots, how, stats, bar, batch=32):
+def generate_hf(model, requests, slots, how, stats, bar, batch=32):
     """The same through model.generate, for any architecture: slow, and simple enough to trust.
     Prompts of one length at a time, so that nothing is padded."""
-    model = low_precision_copy(model, dtype)
     settings = {"do_sample": how.temperature > 0}
     if how.temperature:
         settings |= {"temperature": how.temperature, "top_p": how.top_p, "top_k": how.top_k}
@@ -781,7 +790,27 @@ def many_processes():
 
 def share(items):
     """This process's part of a list, one in so many; alone, all of it."""
-    return items[dist.get_rank() :: dist.get_world_size()] if many_processes() else items
+    return all_shares(items)[rank()]
+
+
+def all_shares(items):
+    """Every process's share, in the order of their ranks."""
+    size = dist.get_world_size() if many_processes() else 1
+    return [items[start::size] for start in range(size)]
+
+
+def is_part(tensor):
+    """Is it one process's part of a tensor (FSDP's)?"""
+    return hasattr(tensor, "full_tensor")
+
+
+def in_parts(model):
+    return any(map(is_part, model.parameters()))
+
+
+def whole(tensor):
+    """All processes' parts, together; of any other tensor, itself."""
+    return tensor.full_tensor() if is_part(tensor) else tensor
 
 
 def all_sum(tensor):

@@ -599,6 +599,10 @@ def setup(args):
     if args.gradient_checkpointing:
         policy.gradient_checkpointing_enable()
     critic = ppo.ValueModel(policy) if args.algo == "ppo" else None
+    if args.fsdp:
+        ppo.shard(policy, decoder=half or policy.dtype)
+        if critic is not None:
+            ppo.shard(critic)
     parameters = [{"params": policy.parameters(), "lr": args.lr}]
     if critic is not None:
         parameters.append({"params": critic.parameters(), "lr": args.critic_lr})
@@ -619,7 +623,7 @@ def setup(args):
     cost = {"engine": args.engine, "slots": args.slots or None, "dtype": half}
     cost |= {"progress": sys.stderr.isatty() and rank() == 0, "stop_ids": stop_ids}
     names = ("temperature", "gamma", "lam", "clip", "value_clip", "kl_coef", "epochs", "minibatch")
-    names += ("max_grad_norm", "max_ratio", "tokens_per_microbatch", "loss_average")
+    names += ("max_grad_norm", "max_ratio", "tokens_per_microbatch", "loss_average", "fsdp")
     settings = ppo.Settings(autocast=half, **{name: getattr(args, name) for name in names})
 
     def evaluate(samples=1, tokenizer=tokenizer):
@@ -734,20 +738,19 @@ def write(path, text):
 def save(run, iteration):
     """state/training.pt holds everything a resume needs, the weights that belong to it too: one
     file, renamed over the old one, so that an interrupted save leaves the previous checkpoint."""
-    if rank() > 0:
-        return
     folder = run.out / "state"
-    folder.mkdir(exist_ok=True)
     rng = run.rng.bit_generator.state
     loop = {"iteration": iteration, "rng": rng, "curriculum": run.state}
     state = {
         "loop": json.dumps(loop),
-        "policy": run.policy.state_dict(),
-        "critic": run.critic and run.critic.state_dict(),
-        "optimizer": run.optimizer.state_dict(),
+        "policy": ppo.put_together(run.policy.state_dict()),
+        "critic": run.critic and ppo.put_together(run.critic.state_dict()),
+        "optimizer": ppo.put_together(run.optimizer.state_dict()),
     }
-    data.save_state(state, folder / "training.pt")
-    data.save_model(run.policy, run.tokenizer, run.out / "model")
+    if rank() == 0:
+        folder.mkdir(exist_ok=True)
+        data.save_state(state, folder / "training.pt")
+        data.save_model(run.policy, run.tokenizer, run.out / "model", state["policy"])
 
 
 def load_state(run):
@@ -756,9 +759,15 @@ def load_state(run):
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         loop = json.loads(state["loop"])
+        ppo.take_apart(state["policy"], dict(run.policy.named_parameters()))
         run.policy.load_state_dict(state["policy"])
         if run.critic is not None:
+            ppo.take_apart(state["critic"], dict(run.critic.named_parameters()))
             run.critic.load_state_dict(state["critic"])
+        groups = run.optimizer.param_groups
+        parameters = [parameter for group in groups for parameter in group["params"]]
+        for number, moments in state["optimizer"]["state"].items():
+            ppo.take_apart(moments, dict.fromkeys(moments, parameters[number]))
         run.optimizer.load_state_dict(state["optimizer"])
     except Exception as error:  # cut off, another program's, another model's
         raise ValueError(
@@ -803,8 +812,8 @@ def from_first_process(objects):
 
 
 def memory(args, model, half):
-    """{owner: bytes} at the peak, which is in the update. model: may lie on the meta device; half:
-    are matrix products in bfloat16? Activations are those of a Llama-like layer."""
+    """{owner: bytes} in a process at the peak, which is in the update. model: may lie on the meta
+    device; half: are matrix products in bfloat16? Activations are those of a Llama-like layer."""
     config = model.config.get_text_config()
     layers, hidden = config.num_hidden_layers, config.hidden_size
     heads = config.num_attention_heads
@@ -825,12 +834,17 @@ def memory(args, model, half):
     cache = slots * (columns * 2 * layers * kv * width + 16 * config.vocab_size)
     reference = {None: 0, "bfloat16": policy / 2, "float32": policy}
     logits = 8 * min(tokens * config.vocab_size, 2**25)  # a chunk and its softmax
+    copy = policy / 2 if half else policy * args.fsdp  # decodes
+    parts = dist.get_world_size() if args.fsdp and many_processes() else 1
+    # --fsdp: embedding and head stay gathered for a pass, weights and gradient; and two layers
+    tables = 4 * 2 * config.vocab_size * hidden
+    gathered = (2 * tables + 2 * (policy - tables) / layers) * args.fsdp
     owners = {
-        "policy": policy + policy / 2 * half,  # and its copy that decodes
-        "critic": critic,
+        "policy": policy / parts + copy,
+        "critic": critic / parts,
         "reference": reference[reference_dtype(args, half)],
-        "optimizer": 2 * (policy + critic),
-        "gradients": max(policy, critic),
+        "optimizer": 2 * (policy + critic) / parts,
+        "gradients": max(policy, critic) / parts + gathered,
         "cache": 0 if args.offload_optimizer else cache,  # then it is freed before the update
         "activations": activations + logits,
     }
@@ -927,6 +941,7 @@ patience         0              0..   end after so many evaluations with no bett
 
 tokens_per_microbatch 2048,16384     1..   padded tokens at a time; lower it if memory runs out
 gradient_checkpointing off            -     recompute activations in the backward pass: less memory
+fsdp             off            -     under torchrun: each process keeps a part of the weights
 offload_optimizer off           -     Adam's moments wait in host memory: less on the GPU, slower
 slots            0              0..   sequences decoded at once; 0: by free memory
 
@@ -987,7 +1002,7 @@ IMITATION = {
 }
 # What --resume may change.
 CHANGEABLE = ("iterations", "device", "tokens_per_microbatch", "slots", "eval_every", "save_every")
-CHANGEABLE += ("gradient_checkpointing", "offload_optimizer", "data_dir", "cache", "judges")
+CHANGEABLE += ("gradient_checkpointing", "offload_optimizer", "fsdp", "data_dir", "cache", "judges")
 
 
 def parse(argv=None):
@@ -1033,6 +1048,7 @@ def resumed(flags):
                 f"{saved.get(name)}): leave it out, or start a new run with --out; these can: "
                 f"{', '.join(sorted(CHANGEABLE))}"
             )
+    saved["fsdp"] = saved.get("fsdp", False) and many_processes()
     args = SimpleNamespace(**saved | flags | {"out": str(out)})
     check(args)
     return args
@@ -1052,6 +1068,11 @@ def check(args, size=None):
         )
     if args.model == "tiny":
         sft.check_tiny(args)
+    if args.fsdp and (args.offload_optimizer or args.algo in sft.IMITATORS):
+        other = "--offload_optimizer" if args.offload_optimizer else f"--algo {args.algo}"
+        raise ValueError(f"--fsdp does not go with {other}: leave one of them out")
+    if args.fsdp and not (many_processes() or args.dry_run):
+        raise ValueError("--fsdp is for several processes: torchrun --nproc_per_node=2 sfl.py ...")
     for package in ("tensorboard", "wandb"):
         if getattr(args, package) and find_spec(package) is None:
             raise ValueError(f"--{package} needs a package: pip install {package}")

@@ -54,7 +54,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import data
 import ppo
-from rollout import Rollout, all_sum, progress_bar, rank, share
+from rollout import Rollout, all_sum, progress_bar, rank
 
 
 def train(
@@ -81,8 +81,7 @@ def train(
         optimizer.param_groups[0]["lr"] = lr * min(rise, fall)
         tokens = sum(len(r.response) for r in batch)
         loss = torch.zeros((), device=next(model.parameters()).device)
-        mine = share(range(len(batch)))  # all, unless several processes share the work
-        for part in ppo.microbatches(batch, settings.tokens_per_microbatch, mine):
+        for part in ppo.microbatches(batch, settings.tokens_per_microbatch):
             logprobs = ppo.response_logprobs(model, [batch[i] for i in part], settings)
             part_loss = -logprobs.sum() / tokens
             part_loss.backward()
