@@ -580,7 +580,8 @@ def setup(args):
         how = {"bits": args.bits, "p_cot": args.p_cot, "progress": show}
         base = sft.tiny_base(args.cache, args.dataset, **how)
     saved = out / "model"
-    policy, tokenizer = data.load_model(saved if saved.exists() else base, device=device)
+    whole = (saved / "config.json").exists()  # which comes last
+    policy, tokenizer = data.load_model(saved if whole else base, device=device)
     reference = None
     dtype = reference_dtype(args, half)
     if dtype is not None:

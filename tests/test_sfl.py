@@ -4,6 +4,7 @@ import copy
 import itertools
 import json
 import math
+import shutil
 import signal
 import subprocess
 import sys
@@ -425,23 +426,25 @@ def test_resume_is_exact(base, tmp_path, algo, curriculum):
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 
-def test_an_interrupted_save_leaves_the_previous_checkpoint(base, tmp_path):
-    with pytest.MonkeyPatch.context() as patch:  # saves: before training, at 2 and at 4
-        interrupt(patch, sfl.torch, "save", call=3)
-        with pytest.raises(SystemExit):
-            run(base, tmp_path / "run")
-    assert saved_iteration(tmp_path / "run") == 2
-    assert len(resume(tmp_path / "run")) == 4
-
-
-def test_a_kill_during_the_first_save_starts_anew(base, tmp_path):
-    straight = run(base, tmp_path / "a")
-    with pytest.MonkeyPatch.context() as patch:
-        interrupt(patch, sfl.torch, "save", call=1)
-        with pytest.raises(SystemExit):
-            run(base, tmp_path / "b")
-    assert not (tmp_path / "b" / "state" / "training.pt").exists()
-    assert without_clocks(resume(tmp_path / "b")) == without_clocks(straight)
+def test_a_kill_at_each_step_of_each_save(base, tmp_path):
+    """The k-th attempt dies just before its k-th file is renamed into its place."""
+    straight, killed = tmp_path / "a", tmp_path / "b"
+    expected = without_clocks(run(base, straight))
+    for attempt in itertools.count(1):
+        with pytest.MonkeyPatch.context() as patch:
+            interrupt(patch, data, "put_in_place", call=attempt)
+            try:
+                if (killed / "config.json").exists():
+                    rows = resume(killed)
+                else:
+                    shutil.rmtree(killed, ignore_errors=True)  # nothing was saved
+                    rows = run(base, killed)
+                break
+            except SystemExit as end:
+                assert end.code == 130
+    assert attempt > 8 and without_clocks(rows) == expected
+    a, b = (weights(folder / "model") for folder in (straight, killed))
+    assert all(torch.equal(a[name], b[name]) for name in a)
 
 
 @pytest.mark.parametrize("name", ["config.json", "evaluation.json", "metrics.jsonl"])
