@@ -429,9 +429,9 @@ def rollout_scores(score, model, rollouts, settings, only=None, clear=None):
                 flat = score(model, [rollouts[i] for i in batch], settings).float().cpu()
                 pieces = flat.split([len(rollouts[i].response) for i in batch])
                 for i, piece in zip(batch, pieces):
-                    scores[i] = piece
+                    scores[i] = piece.numpy()  # other processes get it 50 times as fast
     for i, piece in zip(chosen, gather([scores[i] for i in share(chosen)])):
-        scores[i] = piece
+        scores[i] = torch.from_numpy(piece)
     return scores
 
 

@@ -405,7 +405,7 @@ def serving(model, cache=None):
     outer, implementation = ACTIVE, model.config._attn_implementation
     generation_config = model.generation_config
     modes = [(module, module.training) for module in model.modules()]
-    layers = [module for module in model.modules() if cache is not None and is_plain(module)]
+    layers = [module for module in model.modules() if cache is not None and is_large(module)]
     on_device = contextlib.nullcontext()
     if model.device.type == "cuda":
         on_device = torch.cuda.device(model.device)
@@ -428,20 +428,21 @@ def serving(model, cache=None):
 
 
 def few_rows(layer, x):
-    """A linear layer for a decode step on a CPU, (rows, 1, width) -> (rows, 1, out). Between 5 and
-    47 rows the large matrix goes on the left, where BLAS reads it once: on the right it is packed
-    first, which takes up to 2.6 times as long (measured with 135 million weights)."""
+    """A linear layer in a decode step on a CPU, (rows, 1, width) -> (rows, 1, out). For 5 to 47
+    rows the weight goes on the left, where BLAS reads it as it lies: on the right it is packed
+    first, which takes up to 2.6 times as long (matrices of 135 million weights in all)."""
     if x.shape[1] > 1 or not 5 <= x.shape[0] <= 47:
         return F.linear(x, layer.weight, layer.bias)
     out = (layer.weight @ x[:, 0].T).T[:, None]
     return out if layer.bias is None else out + layer.bias
 
 
-def is_plain(module):
-    """A linear layer that `few_rows` may stand in for: nobody else has put a hand on it."""
-    if type(module) is not torch.nn.Linear or "forward" in vars(module):
+def is_large(layer):
+    """A linear layer that `few_rows` may stand in for: worth it, and not wrapped by anybody."""
+    if type(layer) is not torch.nn.Linear or "forward" in vars(layer):
         return False
-    return module.weight.device.type == "cpu" and module.weight.dtype == torch.float32
+    weight = layer.weight
+    return weight.is_cpu and weight.dtype == torch.float32 and weight.numel() >= 2**18
 
 
 def prefill(model, cache, prompts):

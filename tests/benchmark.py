@@ -4,6 +4,7 @@
     python tests/benchmark.py nucleus      # sampling with top-p, beside sorting the vocabulary
     python tests/benchmark.py logprobs     # peak memory and time, beside the plain log-softmax
     python tests/benchmark.py iteration    # one of the default task, beside TRL's GRPOTrainer
+    python tests/benchmark.py processes    # an iteration under torchrun, beside one process
     python tests/benchmark.py memory       # the peak of an iteration, beside sfl.py --dry_run's
 
 Weights are random: speed does not depend on them. `COMMAND --help` lists the sizes.
@@ -386,6 +387,47 @@ def trl_iterations(model, tokenizer, questions, steps):
     return np.diff(clock)[1:], np.mean(lengths)
 
 
+# --------------------------------------------------------------------------- processes
+
+
+def processes(args):
+    """Iterations of PPO on the tiny model by one process and by two, with a thread each; then with
+    models in parts. Medians of the seconds in metrics.jsonl, but for the first iteration."""
+    import numpy as np
+
+    torchrun = ["-m", "torch.distributed.run", "--nproc_per_node", str(args.count)]
+    torchrun += ["--master_port", "29650"]
+    contenders = {"one process": [], f"{args.count} processes": torchrun}
+    contenders[f"{args.count} processes, --fsdp"] = torchrun
+    names = ("seconds_rollout", "seconds_credit", "seconds_update")
+    seconds = {name: [] for name in contenders}
+    for _, (name, start) in itertools.product(range(args.runs), contenders.items()):
+        with tempfile.TemporaryDirectory() as folder:
+            out = str(Path(folder, "run"))
+            command = [
+                sys.executable,
+                *start,
+                str(ROOT / "sfl.py"),
+                "--out",
+                out,
+                "--device",
+                "cpu",
+            ]
+            command += "--curriculum uniform --iterations 8 --eval_limit 8".split()
+            command += ["--fsdp"] * ("fsdp" in name) + ["--questions", str(args.questions)]
+            command += ["--minibatch", str(8 * args.questions)]
+            threads = os.environ | {"OMP_NUM_THREADS": "1"}
+            subprocess.run(command, check=True, env=threads, capture_output=True)
+            lines = Path(out, "metrics.jsonl").read_text().splitlines()[1:]
+        seconds[name] += [[json.loads(line)[phase] for phase in names] for line in lines]
+    first = np.median(seconds["one process"], 0)
+    print(f"{'seconds':24} rollouts   credit   update   together")
+    for name, rows in seconds.items():
+        phases = np.median(rows, 0)
+        cells = " ".join(f"{phase:8.3f}" for phase in [*phases, phases.sum()])
+        print(f"{name:24} {cells}, {first.sum() / phases.sum():.2f} times as fast")
+
+
 # --------------------------------------------------------------------------- memory
 
 RUNS = {
@@ -454,7 +496,7 @@ def parse(argv=None):
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for command in (generation, nucleus, logprobs, iteration, memory):
+    for command in (generation, nucleus, logprobs, iteration, processes, memory):
         add = commands.add_parser(command.__name__, description=command.__doc__)
         add.set_defaults(run=command)
         add.add_argument("--runs", type=positive, default=5, help="of each contender (5)")
@@ -477,6 +519,9 @@ def parse(argv=None):
                 add.add_argument(f"--{name}", type=positive, default=default, help=f"({default})")
             add.add_argument("--bf16", action="store_true", help="autocast to bfloat16")
             add.add_argument("--measure", help=argparse.SUPPRESS)  # what the children are told
+        if command is processes:
+            add.add_argument("--count", type=positive, default=2, help="processes (2)")
+            add.add_argument("--questions", type=positive, default=64, help="x 8 responses (64)")
         if command is memory:
             add.add_argument("--width", type=positive, default=512, help="of the model (512)")
             add.add_argument("--layers", type=positive, default=8, help="of the model (8)")

@@ -1,6 +1,7 @@
 """The engine against model.generate, fresh forwards, exact distributions and counted work."""
 
 import copy
+import functools
 import gc
 import io
 import random
@@ -767,6 +768,33 @@ def test_inside_inference_mode():
     assert inner == [
         generate(model, make_prompts(), dtype=d, **settings) for d in (None, torch.bfloat16)
     ]
+
+
+@pytest.mark.parametrize("rows", [1, 4, 5, 20, 47, 48])
+@pytest.mark.parametrize("bias", [False, True])
+def test_few_rows_times_a_large_matrix(rows, bias):
+    torch.manual_seed(0)
+    layer = torch.nn.Linear(512, 512, bias=bias)
+    assert rollout.is_large(layer) and not rollout.is_large(torch.nn.Linear(64, 64))
+    x = torch.randn(rows, 1, 512)
+    torch.testing.assert_close(rollout.few_rows(layer, x), layer(x), atol=1e-5, rtol=1e-5)
+    prompt = torch.randn(2, 7, 512)
+    assert torch.equal(rollout.few_rows(layer, prompt), layer(prompt))
+
+
+def test_large_layers_are_their_own_again_after_generation():
+    wide = {"hidden_size": 512, "intermediate_size": 512, "num_key_value_heads": 4}
+    model = LlamaForCausalLM(LlamaConfig(**COMMON | wide)).eval()
+    large = [module for module in model.modules() if rollout.is_large(module)]
+    large[0].forward = wrapper = functools.partial(torch.nn.Linear.forward, large[0])
+    assert len(large) > 4 and not rollout.is_large(large[0])
+    prompts = [[3, 4, 5 + i] for i in range(8)]  # 8 rows: of few enough
+    settings = {"max_new_tokens": 6, "temperature": 0, "stop_ids": [1]}
+    ours = generate(model, prompts, **settings)
+    theirs = generate(model, prompts, engine="hf", **settings)
+    assert [g[0].response for g in ours] == [g[0].response for g in theirs]
+    assert large[0].forward is wrapper
+    assert not any("forward" in vars(layer) for layer in large[1:])
 
 
 def test_low_precision_copy():
