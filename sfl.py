@@ -855,7 +855,7 @@ def memory(args, model, half):
 
 
 PROMPT = 256  # tokens of a question, taken to be the longest
-LESS = "--offload_optimizer, --gradient_checkpointing, --tokens_per_microbatch, --slots"
+LESS = "--gradient_checkpointing, --offload_optimizer, --fsdp, --tokens_per_microbatch, --slots"
 
 
 def dry_run(args):
