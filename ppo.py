@@ -516,16 +516,19 @@ def shard(model, decoder=None):
     pass gathers a layer's weights when it comes to the layer, and forgets them behind it. model: a
     `ValueModel`, or a policy, of which a whole copy is kept to decode with, of the dtype `decoder`.
     Make the optimizer afterwards."""
+    from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
+    device = next(model.parameters()).device.type
+    mesh = init_device_mesh(device, (dist.get_world_size(),))
     is_policy = not isinstance(model, ValueModel)
     if is_policy:
         check_head(model)
         rollout.keep_copy(model, decoder)
     names = (model if is_policy else model.backbone)._no_split_modules or ()
     for layer in [module for module in model.modules() if type(module).__name__ in names]:
-        fully_shard(layer)
-    fully_shard(model)
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
     if is_policy:  # `token_logprobs` calls backbone and head, not the model
         model.logprobs_in_parts = MethodType(masked_logprobs, model)
         register_fsdp_forward_method(model, "logprobs_in_parts")

@@ -613,6 +613,9 @@ def test_presets_are_the_papers_settings(name):
         ("--model nobody/nothing", "nobody/nothing.*--model"),
         ("--model tiny --dataset gsm8k", "--model tiny knows only arithmetic"),
         ("--dataset math500", "math500 has no questions to train on"),
+        ("--fsdp", "--fsdp is for several processes: torchrun"),
+        ("--fsdp --offload_optimizer", "--fsdp does not go with --offload_optimizer"),
+        ("--fsdp --algo rcrl", "--fsdp does not go with --algo rcrl"),
     ],
 )
 def test_bad_flags(base, tmp_path, flags, message):
