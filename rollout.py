@@ -662,7 +662,7 @@ def free_memory(device):
     return math.inf
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def low_precision_copy(model, dtype):
     """The model, or its one copy in `dtype` with weights brought up to date: the training weights
     stay float32. A model in parts decodes by the copy that was made before it was taken apart."""
