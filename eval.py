@@ -453,7 +453,8 @@ def table(columns):
     """What the commands print: {heading: what `evaluate` returned}, by difficulty."""
 
     def line(label, count, cells):
-        cells = [f"{mean:9.3f} ± " + ("?    " if se is None else f"{se:.3f}") for mean, se in cells]
+        errors = ["?    " if se is None else f"{se:.3f}" for _, se in cells]
+        cells = [f"{mean:9.3f} ± {error}" for (mean, _), error in zip(cells, errors)]
         return f"{label!s:<10}{count:>10}" + " ".join(cells)
 
     results = list(columns.values())

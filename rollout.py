@@ -112,9 +112,10 @@ def generate(
         groups.append([Request(next(numbers), prompt, budget) for _ in range(count)])
     requests = [request for group in groups for request in group]
     stats = {} if stats is None else stats
-    decoder = low_precision_copy(model, dtype)
-    if engine == "slots":
-        check_servable(decoder if in_parts(model) else model)
+    if requests:
+        decoder = low_precision_copy(model, dtype)
+        if engine == "slots":
+            check_servable(decoder if in_parts(model) else model)
     mine = share(requests)  # all of them, unless several processes share the work
     if mine:
         serve = generate_slots if engine == "slots" else generate_hf
@@ -777,8 +778,8 @@ def score_row(model, request, tokens, how):
 
 
 # --------------------------------------------------------------------------- several processes
-# torchrun starts them. Each has the whole model, and all see the same questions, responses and
-# rewards; what is split is the work: requests here, answers to grade, rows of a minibatch.
+# torchrun starts them. All see the same questions, responses and rewards; what is split is the
+# work: requests here, answers to grade, rows of a minibatch; and, by --fsdp, the training weights.
 
 
 def rank():

@@ -835,13 +835,13 @@ def memory(args, model, half):
     cache = slots * (columns * 2 * layers * kv * width + 16 * config.vocab_size)
     reference = {None: 0, "bfloat16": policy / 2, "float32": policy}
     logits = 8 * min(tokens * config.vocab_size, 2**25)  # a chunk and its softmax
-    copy = policy / 2 if half else policy * args.fsdp  # decodes
+    decoder = policy / 2 if half else policy * args.fsdp  # a copy of the weights
     parts = dist.get_world_size() if args.fsdp and many_processes() else 1
     # --fsdp: embedding and head stay gathered for a pass, weights and gradient; and two layers
     tables = 4 * 2 * config.vocab_size * hidden
     gathered = (2 * tables + 2 * (policy - tables) / layers) * args.fsdp
     owners = {
-        "policy": policy / parts + copy,
+        "policy": policy / parts + decoder,
         "critic": critic / parts,
         "reference": reference[reference_dtype(args, half)],
         "optimizer": 2 * (policy + critic) / parts,

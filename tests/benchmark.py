@@ -404,16 +404,8 @@ def processes(args):
     for _, (name, start) in itertools.product(range(args.runs), contenders.items()):
         with tempfile.TemporaryDirectory() as folder:
             out = str(Path(folder, "run"))
-            command = [
-                sys.executable,
-                *start,
-                str(ROOT / "sfl.py"),
-                "--out",
-                out,
-                "--device",
-                "cpu",
-            ]
-            command += "--curriculum uniform --iterations 8 --eval_limit 8".split()
+            command = [sys.executable, *start, str(ROOT / "sfl.py"), "--out", out]
+            command += "--device cpu --curriculum uniform --iterations 8 --eval_limit 8".split()
             command += ["--fsdp"] * ("fsdp" in name) + ["--questions", str(args.questions)]
             command += ["--minibatch", str(8 * args.questions)]
             threads = os.environ | {"OMP_NUM_THREADS": "1"}

@@ -55,8 +55,6 @@ def outcome(out):
 
 def kill(args):
     """SIGKILL at random moments."""
-    import torch
-
     rng = random.Random(args.seed)
     with tempfile.TemporaryDirectory() as folder:
         straight, killed = Path(folder, "straight"), Path(folder, "killed")
@@ -65,28 +63,29 @@ def kill(args):
             sys.exit(Path(f"{straight}.log").read_text()[-2000:])
         length = time.time() - clock
         expected = outcome(straight)
-        ended = 0  # runs that got to their end
         for number in range(args.kills):
             job = start(killed, args)
             # at any moment: of the imports, the first save, an iteration, the last evaluation
             time.sleep(rng.uniform(0.1, 0.7) * length)
             job.kill()
-            ended += job.wait() == 0
+            job.wait()
             finished = killed / "evaluation.json"
             done = finished.exists() and "after" in json.loads(finished.read_text())
             rows = killed / "metrics.jsonl"
             count = len(rows.read_text().splitlines()) if rows.exists() else 0
             print(f"kill {number + 1}: {count} iterations logged", flush=True)
             if done:  # once more from the start
-                compare(outcome(killed), expected, torch)
+                compare(outcome(killed), expected)
                 shutil.rmtree(killed)
         if start(killed, args).wait():
             sys.exit(Path(f"{killed}.log").read_text()[-2000:])
-        compare(outcome(killed), expected, torch)
+        compare(outcome(killed), expected)
     print(f"{args.kills} kills of {args.algo} with {args.curriculum}: identical")
 
 
-def compare(found, expected, torch):
+def compare(found, expected):
+    import torch
+
     if found[0] != expected[0]:
         sys.exit("the metrics differ")
     if not all(torch.equal(found[1][name], weight) for name, weight in expected[1].items()):

@@ -492,7 +492,8 @@ def test_bos_is_kept_eos_is_not_and_the_chat_template_writes_its_own():
 
 
 def test_response_has_no_word_start_mark():
-    core = Tokenizer(models.WordLevel({"▁": 0, "▁a": 1, "a": 2, "\n": 3, "?": 4}, unk_token="?"))
+    vocabulary = {"▁": 0, "▁a": 1, "a": 2, "\n": 3, "?": 4}
+    core = Tokenizer(models.WordLevel(vocabulary, unk_token="?"))
     core.normalizer = normalizers.Prepend("▁")  # what a Llama 2 tokenizer does to all it is given
     core.pre_tokenizer = pre_tokenizers.Split(Regex("▁a|\n|."), "isolated")
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=core)
