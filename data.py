@@ -17,19 +17,12 @@ meets them: a response continues the prompt's tokens and never merges with them.
 template is prompted through it, any other by PLAIN_PROMPT.
 """
 
-import argparse
-import json
-import logging
-import os
 import random
-import re
-import shutil
-import sys
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
+from rows import SUFFIXES, is_hub_id, parse_rows, rows_of
 
 PLAIN_PROMPT = "[MATH_TASK] Problem:\n{question}\n\nSolution:"  # the papers': VinePPO, SFL
 CHAT_INSTRUCTION = "Reason step by step and end with the final answer in \\boxed{}."
@@ -82,9 +75,8 @@ def arithmetic(count, seed, levels, split="train"):
                 questions.setdefault(chain, worked(chain))
             tries += 1
         if len(questions) < wanted:
-            raise ValueError(
-                f"arithmetic has no {wanted} {split} questions of level {level}: ask for fewer"
-            )
+            what = f"{wanted} {split} questions of level {level}"
+            raise ValueError(f"arithmetic has no {what}: ask for fewer")
     questions = list(questions.values())
     rng.shuffle(questions)
     return questions
@@ -136,8 +128,6 @@ DATASETS = {
     "svamp": ("ChilleD/SVAMP", None, "train", "test", "number"),
     "asdiv": ("MU-NLPC/Calc-asdiv_a", None, None, "test", "number"),
 }
-QUESTION_FIELDS = ("question_concat", "question", "problem", "prompt")
-ANSWER_FIELDS = ("answer", "final_answer", "result")
 # Of a data set in one piece every tenth question, by a hash, is for testing.
 ONE_IN = 10
 
@@ -168,9 +158,12 @@ def load_questions(
             if name == "parity":
                 questions += parity(PARITY_SIZES[part], part, bits or BITS, part)
                 continue
-            rows, one_piece = rows_of(name, part, data_dir, alone=len(names) == 1)
-            kind = DATASETS[name][-1] if name in DATASETS else None
-            found = to_questions(rows, kind, fields or {})
+            known = DATASETS.get(name)
+            rows, one_piece = rows_of(name, known, part, data_dir, alone=len(names) == 1)
+            found = [
+                Question(PLAIN_PROMPT.format(question=row["question"]), **row)
+                for row in parse_rows(rows, known and known[-1], fields or {})
+            ]
             if one_piece:
                 questions += [q for q in found if in_split(q.question, split, ONE_IN)]
                 break  # `all` has them now
@@ -179,9 +172,8 @@ def load_questions(
         return questions
     limit = 1 if limit is None else limit
     if not 1 <= limit <= len(questions):
-        raise ValueError(
-            f"cannot take {limit} questions: the {split} split of {dataset} has {len(questions)}"
-        )
+        there = f"the {split} split of {dataset} has {len(questions)}"
+        raise ValueError(f"cannot take {limit} questions: {there}")
     return [questions[i] for i in sorted(random.Random(seed).sample(range(len(questions)), limit))]
 
 
@@ -241,15 +233,15 @@ def stop_ids(model, tokenizer):
         configured = [configured]
     ids = {tokenizer.eos_token_id, *configured} - {None}
     if not ids:
+        where = "neither the tokenizer nor the model's generation_config has an EOS token"
         raise ValueError(
-            "no stop token: neither the tokenizer nor the model's generation_config has an EOS "
-            "token; set tokenizer.eos_token and save the model again"
+            f"no stop token: {where}; set tokenizer.eos_token and save the model again"
         )
     return sorted(ids)
 
 
 # ==================================================================================================
-# That is the method. Below: parity, tags, reading rows, models on disk, command lines.
+# That is the method. Below: parity, tags, checks. How rows are read: rows.py.
 # ==================================================================================================
 
 
@@ -327,368 +319,7 @@ def tag_ids(tokenizer):
     return tokenizer.convert_tokens_to_ids(list(TAGS))
 
 
-# --------------------------------------------------------------------------- reading rows
-
-
-def to_questions(rows, kind, fields):
-    """rows: [(where, row)]. kind None: 'number' if all of the answers are numbers, else 'math'."""
-    questions = [to_question(where, row, fields) for where, row in rows]
-    odd = [i for i, q in enumerate(questions) if not NUMBER.fullmatch(q.answer)]
-    if odd and kind == "number":
-        where, answer = rows[odd[0]][0], questions[odd[0]].answer
-        raise ValueError(f"{where}: the answer {answer[:40]!r} is not a number")
-    for question in questions:
-        question.kind = kind or ("math" if odd else "number")
-    return questions
-
-
-def to_question(where, row, fields):
-    """A row, checked, as a Question whose kind is still open."""
-    row = undialogue(row)
-    if not isinstance(row, dict):
-        raise ValueError(f"{where}: neither a JSON object nor a dialogue but {str(row)[:40]!r}")
-    text = find(row, [fields.get("question"), *QUESTION_FIELDS])
-    answer = find(row, [fields.get("answer"), *ANSWER_FIELDS])
-    solution = find(row, [fields.get("solution"), "solution"])
-    if isinstance(answer, list):
-        answer = ", ".join(map(str, answer))
-    if isinstance(answer, (int, float)) and not isinstance(answer, bool):
-        answer = str(answer)
-    if isinstance(solution, list) and solution:
-        solution = solution[0]
-    if answer is None and isinstance(solution, str):
-        answer = last_boxed(solution)
-    if not is_text(text):
-        raise ValueError(f"{where}: no text in a field 'question' (or 'problem', 'prompt')")
-    if not is_text(answer) or not answer.rpartition("####")[2].strip():
-        raise ValueError(f"{where}: no text or number in a field 'answer'")
-    level = row.get("level")
-    if not (is_text(solution or "-") and isinstance(level, (str, int, type(None)))):
-        raise ValueError(
-            f"{where}: the field 'solution' must be text, and 'level' text or a whole number"
-        )
-    if "####" in answer:  # GSM8K has the solution there, too
-        solution = re.sub(r"<<[^<>\n]*>>", "", answer)  # no calculator notes: 16-3=$<<16-3=13>>13
-    answer = answer.rpartition("####")[2].strip()
-    if isinstance(row.get("context"), str):  # OlympiadBench
-        text = f"{row['context']}\n{text}"
-    text = text.strip()
-    demonstration = solution and as_response(solution.strip(), answer)
-    return Question(PLAIN_PROMPT.format(question=text), answer, demonstration, "", level, text)
-
-
-def as_response(solution, answer):
-    """A solution as it follows the prompt. A space joins it to "Solution:", not a newline: a BPE
-    word token carries its leading space, and a newline would make the first step of every response
-    an empty line. It must say its answer where the grader looks."""
-    if "####" not in solution and "\\boxed" not in solution:
-        solution += f"\n#### {answer}"
-    return " " + solution
-
-
-SUFFIXES = (".jsonl", ".json", ".parquet")
-NUMBER = re.compile(r"[-+]?[$€£]?\s?(\d[\d,]*)?\.?\d+(\s?/\s?\d+)?\s?%?")
-
-
-def find(row, names):
-    """The first of these fields that the row has, whatever its case."""
-    row = {key.lower(): value for key, value in row.items()}
-    there = [row[name.lower()] for name in names if name and name.lower() in row]
-    return next((value for value in there if value not in (None, "", [])), None)
-
-
-def is_text(value):
-    """A string with something in it, and no half of a character."""
-    if not isinstance(value, str) or not value.strip():
-        return False
-    return not any("\ud800" <= char <= "\udfff" for char in value)
-
-
-def undialogue(row):
-    """Open-Reasoner-Zero's rows: a dialogue [human, assistant], or one as the field `prompt`."""
-    try:
-        if isinstance(row, list):
-            human, assistant = row
-            return {"question": human["value"], "answer": assistant["ground_truth"]["value"]}
-        if isinstance(row["prompt"], list):
-            return {**row, "prompt": row["prompt"][-1]["value"]}
-    except (KeyError, IndexError, TypeError, ValueError):
-        return row if isinstance(row, dict) and not isinstance(row.get("prompt"), list) else None
-    return row
-
-
-def last_boxed(text):
-    """What stands in the last \\boxed{} of a text, or None."""
-    start = text.rfind("\\boxed{") + len("\\boxed{")
-    return braced(text[start:]) if "\\boxed{" in text else None
-
-
-def braced(text):
-    """What stands before the } that closes a { opened just before `text`; '' if none does."""
-    depth = 1
-    for brace in re.finditer(r"\\.|[{}]", text):  # \{ and \} are no braces
-        depth += {"{": 1, "}": -1}.get(brace[0], 0)
-        if depth == 0:
-            return text[: brace.start()]
-    return ""
-
-
-def rows_of(name, split, data_dir, alone):
-    """([(where, row), ...], does it still have to be split?) of a data set. alone: no other is
-    asked for, so that data_dir/train.jsonl can only be its own."""
-    path = Path(name)
-    if path.is_dir():
-        return first_file(path, [split]), False
-    if name not in DATASETS and not is_hub_id(name):
-        return read_rows(path), True
-    hub_id, configuration, train, test, _ = DATASETS.get(name, (name, None, "train", "test", None))
-    if data_dir is not None:
-        one_piece = not any(Path(data_dir, f"{name}/{split}{end}").exists() for end in SUFFIXES)
-        one_piece = one_piece and any(Path(data_dir, name + end).exists() for end in SUFFIXES)
-        stems = [f"{name}/{split}", name] + [split] * alone
-        return first_file(Path(data_dir), stems), one_piece and train is not None
-    source = train if split == "train" else test
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it would bury our one line
-    try:
-        if source.endswith(".json"):  # a file that `datasets` cannot read
-            from huggingface_hub import hf_hub_download
-
-            return read_rows(Path(hf_hub_download(hub_id, source, repo_type="dataset"))), True
-        from datasets import load_dataset  # here: slow to import
-
-        rows = load_dataset(hub_id, configuration, split=source)
-    except Exception as error:  # offline, a proxy, a full disk: one way out for all
-        raise ValueError(
-            f"cannot get {hub_id} from the hub ({first_line(error)}): give --data-dir a folder "
-            f"with {name}/train.jsonl and {name}/test.jsonl, and --model a local folder"
-        ) from error
-    return [(f"{hub_id} {source}, row {i}", row) for i, row in enumerate(rows)], train == test
-
-
-def first_file(folder, stems):
-    """The rows of the first of these files that is in the folder."""
-    paths = [folder / (stem + suffix) for stem in stems for suffix in SUFFIXES]
-    for path in paths:
-        if path.exists():
-            return read_rows(path)
-    names = " or ".join(stems)
-    raise ValueError(f"{folder} has no {names} ({', '.join(SUFFIXES)}): put one there")
-
-
-def read_rows(path):
-    """[('FILE, line 3', row), ...] of a .jsonl, .json or .parquet file. ValueError names file and
-    line."""
-    try:
-        if path.suffix == ".parquet":
-            from pyarrow import parquet
-
-            rows = parquet.read_table(path).to_pylist()
-            return [(f"{path}, row {i}", row) for i, row in enumerate(rows)]
-        content = path.read_bytes()
-    except (OSError, ValueError) as error:
-        raise ValueError(f"cannot read {path}: {first_line(error)}") from error
-    if path.suffix == ".json":
-        rows = parse_json(f"{path}", content)
-        if not isinstance(rows, list):
-            raise ValueError(f"{path}: not a JSON list but {str(rows)[:40]!r}")
-        return [(f"{path}, entry {i}", row) for i, row in enumerate(rows)]
-    rows = []
-    for number, line in enumerate(content.split(b"\n"), 1):
-        if line.strip():
-            where = f"{path}, line {number}"
-            rows.append((where, parse_json(where, line)))
-            if not isinstance(rows[-1][1], dict):
-                raise ValueError(f"{where}: not a JSON object but {str(rows[-1][1])[:40]!r}")
-    if not rows:
-        raise ValueError(f"{path} is empty: it needs one JSON object a line")
-    return rows
-
-
-def parse_json(where, content):
-    try:
-        return json.loads(content)
-    except (ValueError, RecursionError) as error:  # bad JSON, bad UTF-8, a number of 10,000 digits
-        raise ValueError(f"{where}: not JSON ({first_line(error)})") from error
-
-
-# --------------------------------------------------------------------------- models
-
-
-def load_model(path, *, device="cpu", dtype="float32"):
-    """(model, tokenizer) of a folder, of a run's folder (its model/) or of a hub id. device: auto,
-    cpu, cuda, mps. dtype: float32, bfloat16, float16, or auto (bfloat16 on CUDA). Runs no code from
-    the hub; weights are safetensors, else .bin files, of which only tensors are read."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    if dtype not in ("auto", "float32", "bfloat16", "float16"):
-        raise ValueError(f"unknown dtype {dtype!r}: give auto, float32, bfloat16 or float16")
-    device = pick_device(device)
-    if dtype == "auto":
-        dtype = "bfloat16" if device.startswith("cuda") else "float32"
-    if Path(path, "model", "config.json").exists():
-        path = Path(path, "model")
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
-    try:
-        model = AutoModelForCausalLM.from_pretrained(
-            path, dtype=getattr(torch, dtype), weights_only=True
-        )
-        tokenizer = AutoTokenizer.from_pretrained(path)
-    except Exception as error:  # offline, no such folder, half a folder, an unknown architecture
-        raise ValueError(
-            f"cannot load a model from {str(path)!r} ({type(error).__name__}: "
-            f"{first_line(error)}): give --model a folder with config.json, *.safetensors (or "
-            "*.bin) and a tokenizer, or a hub id"
-        ) from error
-    return model.to(device).eval(), tokenizer
-
-
-def save_model(model, tokenizer, folder, weights=None):
-    """Model and tokenizer as `from_pretrained` loads them; weights: others than the model's own, by
-    name. Each file is written elsewhere and
-    renamed over the old one: an interruption leaves whole files."""
-    folder = Path(folder)
-    beside = folder.with_name(folder.name + ".tmp")
-    shutil.rmtree(beside, ignore_errors=True)
-    try:
-        model.save_pretrained(beside, state_dict=weights)
-        tokenizer.save_pretrained(beside)
-    except Exception as error:  # a full disk has many names
-        raise OSError(f"cannot save a model in {folder} ({first_line(error)})") from error
-    files = [file for file in beside.rglob("*") if file.is_file()]  # templates may have a folder
-    # config.json last: whoever looks for it finds all
-    for file in sorted(files, key=lambda file: file.name == "config.json"):
-        target = folder / file.relative_to(beside)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        put_in_place(file, target)
-    shutil.rmtree(beside)
-
-
-def put_in_place(written, target):
-    """Rename a file that was written beside over its target, once the disk has it."""
-    with open(written, "rb+") as file:
-        os.fsync(file.fileno())
-    os.replace(written, target)
-
-
-def save_state(state, path):
-    """torch.save: the file is the old one or the new one, whatever interrupts this, a full disk
-    too (OSError)."""
-    beside = path.with_name(f"{path.name}.tmp")
-    try:
-        torch.save(state, beside)
-        put_in_place(beside, path)
-    except (OSError, RuntimeError) as error:  # a full disk is either
-        reason = f"cannot save in {path.parent} ({first_line(error)})"
-        raise OSError(f"{reason}: its last checkpoint is whole") from error
-
-
-def pick_device(name):
-    """'auto' becomes the first there is of cuda, mps and cpu. ValueError: one that is not there."""
-    there = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available()
-    there += ["cpu"]
-    if name != "auto" and name.partition(":")[0] not in there:
-        raise ValueError(f"no device {name!r} here: give auto or {' or '.join(there)}")
-    return there[0] if name == "auto" else name
-
-
-# --------------------------------------------------------------------------- command lines
-# A script's settings are a table with one a line: name, default (and, behind a comma, the default
-# for other data sets), what it may be, help. `off` makes a flag that takes no value; `-` is none.
-# What it may be: a|b|c one of these; 1.. at least 1; 0..1 between; + several; - anything.
-
-
-def read_settings(table):
-    """{name: (default, default for other data sets, what it may be, help)} of a table."""
-    settings = {}
-    for line in filter(str.strip, table.splitlines()):
-        name, default, allowed, text = line.split(None, 3)
-        small, _, large = default.partition(",")
-        settings[name] = value(small), value(large or small), allowed, text
-    return settings
-
-
-def value(text):
-    """'60' -> 60, '1e-4' -> 0.0001, 'off' -> False, '-' -> None, other text as it is."""
-    if text in ("-", "off"):
-        return {"-": None, "off": False}[text]
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            pass
-    return text
-
-
-def parse_flags(table, description, argv=None):
-    """The flags that were given: {name: value}. --data-dir is --data_dir; a bad flag is a
-    ValueError of one line."""
-    parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
-
-    def fail(message):
-        raise ValueError(f"{message} (see --help)")
-
-    parser.error = fail
-    for name, (small, large, allowed, text) in read_settings(table).items():
-        help = text if small in (None, False) else f"{text} (default {small}"
-        if help != text:
-            help += ")" if large in (small, None) else f"; other data sets {large})"
-        help = help.replace("%", "%%")
-        kind = str if small is None else type(small)
-        if small is False:
-            parser.add_argument(f"--{name}", action="store_true", default=None, help=help)
-        else:
-            metavar = allowed if "|" in allowed else kind.__name__
-            several = {"nargs": "+"} if allowed == "+" else {}
-            parser.add_argument(f"--{name}", type=kind, metavar=metavar, help=help, **several)
-    args = []
-    for arg in sys.argv[1:] if argv is None else argv:
-        flag, equals, rest = arg.partition("=")
-        if flag.startswith("--"):
-            flag = "--" + flag[2:].replace("-", "_")
-        args.append(flag + equals + rest)
-    given = vars(parser.parse_args(args))
-    return {name: value for name, value in given.items() if value is not None}
-
-
-def check_settings(table, args):
-    """ValueError names the first setting that is not what it may be, and its limits."""
-    for name, (_, _, allowed, _) in read_settings(table).items():
-        given = getattr(args, name)
-        if "|" in allowed and given not in allowed.split("|"):
-            raise ValueError(f"--{name} {given}: choose from {allowed.replace('|', ', ')}")
-        low, dots, high = allowed.partition("..")
-        if dots and high and not float(low) <= given <= float(high):
-            raise ValueError(f"--{name} {given} must be in [{low}, {high}]")
-        if dots and not high and not given >= float(low):
-            raise ValueError(f"--{name} {given} must be at least {low}")
-
-
-def command_line(main):
-    """Run main() as a program: bad input, a full disk or a loss gone NaN is one line on stderr and
-    exit code 2; Ctrl-C is 130."""
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()  # "Loading weights" between the bars that matter
-    name = Path(sys.argv[0]).name
-    try:
-        main()
-    except (ValueError, FloatingPointError, OSError) as error:
-        print(f"{name}: {first_line(error)}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print(f"{name}: interrupted", file=sys.stderr)
-        sys.exit(130)
-
-
-def first_line(error):
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
-
-
-def is_hub_id(name):
-    """OWNER/NAME, and no path that is there or looks like a file."""
-    path = Path(name)
-    owner_and_name = re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name)
-    return bool(owner_and_name) and not path.exists() and path.suffix not in SUFFIXES
+# --------------------------------------------------------------------------- checks
 
 
 def check_names(names, split, data_dir):
@@ -698,15 +329,12 @@ def check_names(names, split, data_dir):
         known = name in MADE_HERE or name in DATASETS or is_hub_id(name)
         path = Path(name)
         if not known and not (path.exists() or path.suffix in SUFFIXES or len(path.parts) > 1):
-            raise ValueError(
-                f"unknown data set {name!r}: give {', '.join([*MADE_HERE, *DATASETS])}, OWNER/NAME "
-                "on the hub, or the path of a .jsonl, .json or .parquet file or of a folder with "
-                "train and test files"
-            )
+            names = ", ".join([*MADE_HERE, *DATASETS])
+            file = "a .jsonl, .json or .parquet file or of a folder with train and test files"
+            way_out = f"give {names}, OWNER/NAME on the hub, or the path of {file}"
+            raise ValueError(f"unknown data set {name!r}: {way_out}")
         if name in DATASETS and split == "train" and DATASETS[name][2] is None:
             raise ValueError(f"{name} has no questions to train on: it is for evaluation")
     if data_dir is not None and not any(name in DATASETS for name in names):
-        raise ValueError(
-            f"--data-dir {data_dir} is for data sets with a name ({', '.join(DATASETS)}): leave it "
-            f"out with {','.join(names)!r}"
-        )
+        named = f"is for data sets with a name ({', '.join(DATASETS)})"
+        raise ValueError(f"--data-dir {data_dir} {named}: leave it out with {','.join(names)!r}")

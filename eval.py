@@ -25,21 +25,12 @@ standard error:
     maj@n           is the most frequent answer right? (Wang et al. 2022, arXiv 2203.11171)
 """
 
-import contextlib
 import json
 import math
-import os
-import queue
 import re
-import subprocess
-import sys
-import threading
 import zlib
 from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
-from fractions import Fraction
-from functools import lru_cache
-from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -47,8 +38,12 @@ import numpy as np
 import torch
 
 import data
-from data import braced, decode_response
-from rollout import StopText, all_sum, generate, share
+import machine
+from answers import ANSWER_CHARS, braced, judges, parse_number, same_math, set_judges, vote
+from data import decode_response
+from machine import all_sum, share
+from report import earlier_results, plot, table
+from rollout import StopText, generate
 
 # --------------------------------------------------------------------------- when is it right?
 
@@ -63,7 +58,6 @@ MARKER = re.compile(
 )
 SENTENCE_END = re.compile(r"(?<!\\)[.!?](?=\s|$)|\n")  # not the \! of 1,\! 234
 MARKERS_READ = 20  # with these bounds the time is linear in the length of the response
-ANSWER_CHARS = 300
 
 
 def final_answer(response, kind="number", last_number=False):
@@ -210,7 +204,8 @@ def compare(first, second, draws=10_000):
 
 
 # ==================================================================================================
-# That is the method. Below: numbers, LaTeX and its judges, curves, tables, the command line.
+# That is the method. Below: the command line. When two answers are equal: answers.py; tables and
+# the picture of a run: report.py.
 # ==================================================================================================
 
 
@@ -220,13 +215,6 @@ def stops(model, tokenizer, text=None):
     if not text:
         return ids
     return StopText(ids, text.replace("\\n", "\n"), tokenizer.decode)
-
-
-def vote(text):
-    """What a final answer counts as in a vote: 18, 18.0 and $18 are one; LaTeX loses its spaces.
-    None: no vote."""
-    number = parse_number(text or "")
-    return number if number is not None else text and re.sub(r"\s", "", text)
 
 
 def mean_and_se(values):
@@ -242,353 +230,14 @@ def check_evaluate(questions, samples, temperature):
     if not questions:
         raise ValueError("no questions to evaluate on")
     if samples < 1 or (samples > 1 and temperature == 0):
-        raise ValueError(
-            f"samples={samples} at temperature={temperature}: need 1 or more, and for more a "
-            "temperature"
-        )
+        given = f"samples={samples} at temperature={temperature}"
+        raise ValueError(f"{given}: need 1 or more, and for more a temperature")
 
 
-# --------------------------------------------------------------------------- numbers
-
-# A number, as people write one: a sign, thousands' commas, a fraction, a scale; words may stand
-# before it, and units behind.
-WHOLE = r"(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)"
-REAL = rf"(?:{WHOLE}(?:\.[0-9]+)?|\.[0-9]+)(?:[eE][+-]?[0-9]{{1,3}}(?![0-9]))?"
-NUMBER = re.compile(
-    rf"""\s*(?P<before>[A-Za-z:.,'()\s]*?(?<![A-Za-z]\()(?<![A-Za-z.,]))
-    (?P<sign>[-+−–]\s*|(?:minus|negative)\s+)?
-    (?:(?P<whole>[0-9]+)\s+(?=[0-9]+\s*/))?                       # 18 1/2 is 37/2
-    (?P<top>{REAL})(?:\s*/\s*(?P<bottom>{REAL}))?
-    (?:\s*(?P<word>hundred|thousand|million|billion|trillion)\b|(?P<letter>[kKMB])\b)?
-    (?P<unit>(?:[\s()/.,'-](?:[A-Za-z\s()/.,'-]|(?<=[A-Za-z])(?:\s?\^[23]|[23²³])(?!\w))*)?)""",
-    re.VERBOSE,
-)
-SCALES = {"hundred": 10**2, "thousand": 10**3, "million": 10**6, "billion": 10**9}
-SCALES |= {"trillion": 10**12, "k": 10**3, "K": 10**3, "M": 10**6, "B": 10**9}
-# What TeX and Markdown put around a number.
-PART = r"\s*(?:\{\s*([^{}]+)\}|([0-9]))"
-FRACTION = re.compile(r"\\[dt]?frac" + PART + PART)
-SEPARATOR = re.compile(r"\{,\}|,\\!|\\[,!](?=[0-9]{3}(?![0-9]))")  # 1{,}234  1,\!234  1\,234
-CURRENCY = re.compile(r"([-+]?)\s*\\?[$£€¥₹]")
-DRESS = re.compile(
-    r"\\(?:text|mathrm|mathbf|textbf|mbox|left|right|displaystyle|quad)(?![A-Za-z])|\\[()\[\],;: !]"
-    r"|\^\s*\{?\s*\\circ\s*\}?|(?<=[A-Za-z])\}(?=\^)|\\?%|(?<![0-9])[{}]|[}~`°](?![0-9])|\*\*"
-)
+# --------------------------------------------------------------------------- the command line
 
 
-def parse_number(text):
-    return read_number(text)[0]
-
-
-@lru_cache(1 << 16)
-def read_number(text):
-    r"""(value, unit): the one number that a short text states, as an exact Fraction (never a
-    float), and the letters of what follows it. '$1,234.50', '- 18', '18 1/2', '\frac{3}{4}', '75%'
-    (75), '18 dollars', '2 million', '9*2 = 18'. The value is None if there is none, or more than
-    one ('5 or 6', '5:30'), or something is left to do ('2^3', '18x', '36/2')."""
-    none = None, ""
-    if len(text) > ANSWER_CHARS or re.search(r"[<>≤≥≠]|!\s*=|\\(?:[lg]eq?|neq?)\b", text):
-        return none
-    left, equals, text = text.rpartition("=")
-    if equals and parse_number(left.strip()) not in (None, parse_number(text)):
-        return none  # 4 = 5
-    if text.count("(") != text.count(")"):
-        return none  # 18 (since 9*2 = 18)
-    text = SEPARATOR.sub(",", text)
-    text = FRACTION.sub(lambda m: f" {m[1] or m[2]}/{m[3] or m[4]} ", text)
-    text = DRESS.sub(" ", CURRENCY.sub(r" \1", text))
-    number = NUMBER.fullmatch(text.strip())
-    if number is None:
-        return none
-    loose = number["sign"] and number["sign"][-1:].isspace() and number["sign"][0] in "-+−–"
-    if loose and re.search("[A-Za-z]", number["before"]):  # x - 18
-        return none
-    top, bottom = (Fraction((number[part] or "1").replace(",", "")) for part in ("top", "bottom"))
-    if bottom == 0 or (top / bottom).denominator != bottom and bottom != 1:  # 36/2
-        return none
-    unit = re.sub("[^a-z23]", "", number["unit"].lower())
-    if unit in ("x", "y", "z", "n", "i"):
-        return none
-    value = int(number["whole"] or 0) + top / bottom
-    value *= SCALES.get(number["word"] or number["letter"], 1)
-    negative = (number["sign"] or "+").strip()[0] in "-−–mn"
-    return (-value if negative else value), unit.rstrip("s")
-
-
-# --------------------------------------------------------------------------- LaTeX
-
-# What a grader does not do for the policy. An answer may have an operation of one of these kinds
-# only if the gold answer has: for 9901, \boxed{99^2+99+1} restates the question.
-OPERATIONS = [
-    r"[\w)}\]]\s*[-+]",  # a sum
-    r"\\(?:cdot|times|div)(?![A-Za-z])|\*|[0-9]\s*\(\s*-?[0-9.]+\s*\)",  # a product
-    r"\^\s*(?!\{?\s*\\circ)",  # a power
-    r"\)\s*[\^(]|[\w}]\s*\((?=[^(),]*[-+][^(),]*\))",  # of a sum: what is not expanded
-    r"!|\\[dt]?binom",
-    r"\\(?:int|sum|prod|lim|max|min|gcd|det)(?![A-Za-z])|\\frac\s*\{\s*d",
-    r"\\(?:sin|cos|tan|cot|sec|csc|arc\w+|log|ln|exp)(?![A-Za-z])",
-    r"\\(?:lfloor|lceil|pmod|bmod|mod)(?![A-Za-z])|\|",
-]
-OPERATIONS = [re.compile(pattern) for pattern in OPERATIONS]
-UNEXPANDED = OPERATIONS[3]
-
-
-@lru_cache(1 << 16)
-def same_math(gold, answer, question=""):
-    """Are two LaTeX expressions equal, and is the answer as worked out as the gold one? False where
-    that cannot be told in JUDGE_SECONDS. Needs math-verify, unless both are numbers or the same
-    text. question: one that says "factor" wants factors."""
-    gold, answer = bare(gold), bare(answer)
-    if re.sub(r"\s", "", gold) == re.sub(r"\s", "", answer):
-        return True
-    (value, unit), (value2, unit2) = read_number(gold), read_number(answer)
-    if value is not None and not re.match(r"[(\[]", gold):  # (1,234) is a pair
-        return value == value2 and (unit == unit2 or not (unit and unit2))
-    left_to_do = [op.search(answer) and not op.search(gold) for op in OPERATIONS]
-    factors = re.search(r"\b[Ff]actor", question) and UNEXPANDED.search(gold)
-    if any(left_to_do) or (factors and not UNEXPANDED.search(answer)):
-        return False
-    if find_spec("math_verify") is None:
-        raise ValueError(
-            f"the gold answer {gold[:40]!r} needs math-verify to grade: pip install math-verify"
-        )
-    judge = judges.get()
-    try:
-        return judge.same(gold, answer)
-    finally:
-        judges.put(judge)
-
-
-def bare(text):
-    r"""Without $...$, \boxed{}, \left, \right, spaces of TeX, and a full stop at the end."""
-    text = re.sub(r"\\(?:left|right|displaystyle)(?![A-Za-z])|(?<!\\)\\[,!;: ]", " ", text)
-    text = re.sub(r"\\[dt]frac(?![A-Za-z])", r"\\frac", text).strip().rstrip(".")
-    return text.strip("$ ")
-
-
-# math-verify compares LaTeX with sympy, which some expressions keep busy for ever. Its own time
-# limit is a signal, and works in the main thread only and not while C code runs (9^{9^{9^9}}): so
-# it lives in processes that can be killed.
-JUDGE = r"""
-import contextlib, json, os, signal, sys
-signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent; its end closes stdin
-with contextlib.suppress(ImportError, ValueError, OSError):  # no such limit on this system
-    import resource
-    resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30))
-from math_verify import parse, verify
-reply = os.fdopen(os.dup(1), "w")
-os.dup2(2, 1)  # whatever else prints must not look like a reply
-def read(text):
-    found = parse("\\boxed{%s}" % text, parsing_timeout=2)
-    with contextlib.suppress(Exception):
-        if found[0].is_Relational and not found[0].is_Equality:
-            found[0] = found[0].as_set()  # x < 3 is (-oo, 3)
-    return found
-print("ready", file=reply, flush=True)
-for line in sys.stdin:
-    try:
-        gold, answer = map(read, json.loads(line))
-        same = bool(gold and answer) and verify(gold, answer, timeout_seconds=2)
-    except Exception:
-        same = False
-    print(int(same), file=reply, flush=True)
-"""
-JUDGE_SECONDS = 6
-timeouts = Counter()  # {"timeouts": how often a judge was killed}
-
-
-class Judge:
-    """One such process, started when it is needed, and anew after it was killed."""
-
-    process = None
-
-    def same(self, gold, answer):
-        if self.process is None or self.process.poll() is not None:
-            self.process = subprocess.Popen(
-                [sys.executable, "-c", JUDGE], text=True,
-                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-            )  # fmt: skip
-            if self.ask("", seconds=120) != "ready":
-                raise ValueError(
-                    f"math-verify does not start: try {sys.executable} -c 'import math_verify'"
-                )
-        reply = self.ask(json.dumps([gold, answer]) + "\n", JUDGE_SECONDS)
-        timeouts["timeouts"] += not reply
-        return reply == "1"
-
-    def ask(self, line, seconds):
-        """Send a line; the reply, or '' if none comes in time, and then the process is killed."""
-        timer, reply = threading.Timer(seconds, self.process.kill), ""
-        timer.start()
-        try:
-            with contextlib.suppress(OSError):  # killed before it read the line
-                print(line, end="", file=self.process.stdin, flush=True)
-                reply = self.process.stdout.readline().strip()
-        finally:
-            timer.cancel()
-            if not reply:  # late, crashed, interrupted: no later call may read this reply
-                self.process.kill()
-                self.process.wait()
-        return reply
-
-
-judges = queue.LifoQueue()  # the idle ones, the last used first
-
-
-def set_judges(count=0):
-    """So many processes compare LaTeX; 0: one a core."""
-    while not judges.empty():
-        judges.get()
-    for _ in range(count or os.cpu_count() or 1):
-        judges.put(Judge())
-
-
-set_judges()
-
-
-# --------------------------------------------------------------------------- curves and tables
-
-
-def table(columns):
-    """What the commands print: {heading: what `evaluate` returned}, by difficulty."""
-
-    def line(label, count, cells):
-        errors = ["?    " if se is None else f"{se:.3f}" for _, se in cells]
-        cells = [f"{mean:9.3f} ± {error}" for (mean, _), error in zip(cells, errors)]
-        return f"{label!s:<10}{count:>10}" + " ".join(cells)
-
-    results = list(columns.values())
-    first = results[0]
-    lines = ["level      questions" + " ".join(f"{heading:>17}" for heading in columns)]
-    lines.append(line("all", first["n"], [(r["accuracy"], r["accuracy_se"]) for r in results]))
-    rows = zip(first["by_level"], *(r["by_level"].values() for r in results))
-    for level, *cells in rows:
-        lines.append(line(level, cells[0]["n"], [(c["accuracy"], c["se"]) for c in cells]))
-    lengths = " ".join(f"{r['response_length']:17.1f}" for r in results)
-    lines.append(f"{'tokens':<20}{lengths}")
-    for name in results[-1]:
-        if "@" in name and not name.endswith("_se"):
-            lines.append(line(name, "", [(results[-1][name], results[-1][name + "_se"])]))
-    return "\n".join(lines)
-
-
-COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe-Ito
-SECONDS = ("seconds_score", "seconds_rollout", "seconds_credit", "seconds_update")
-TOKENS = ("tokens_generated", "tokens_scored", "tokens_credit")
-# What stands in the picture: a metric, against what was spent
-PANELS = """
-eval_accuracy    iteration   held-out accuracy
-eval_accuracy    tokens      held-out accuracy
-eval_accuracy    seconds     held-out accuracy
-learnable        iteration   questions solved by some
-solved_by_all    iteration   questions solved by all
-solved_by_none   iteration   questions solved by none
-reward_mean      iteration   mean reward
-response_length  iteration   response length, tokens
-truncated        iteration   truncated responses
-entropy          iteration   entropy a token
-kl               iteration   KL to the start, a token
-clip_fraction    iteration   clipped tokens
-grad_norm        iteration   gradient norm
-lr               iteration   learning rate
-explained_variance  iteration  critic: explained variance
-"""
-PANELS = [line.split(None, 2) for line in PANELS.strip().splitlines()]
-
-
-def read_run(folder):
-    """The rows of a run's metrics.jsonl; to each is added what was spent until then: tokens,
-    seconds."""
-    path = Path(folder, "metrics.jsonl")
-    if not path.exists():
-        raise ValueError(f"{folder} holds no metrics.jsonl: give a folder that sfl.py --out wrote")
-    rows = []
-    tokens, seconds = 0, 0.0
-    numbers = {"iteration", *SECONDS, *TOKENS, *(key for key, _, _ in PANELS)}
-    for where, row in data.read_rows(path):
-        for key in numbers & row.keys() | {"iteration"}:
-            if not isinstance(row.get(key), (int, float)):
-                raise ValueError(f"{where}: no number in the field {key!r}")
-        tokens += sum(row.get(key, 0) for key in TOKENS)
-        seconds += sum(row.get(key, 0) for key in SECONDS)
-        rows.append({**row, "tokens": tokens, "seconds": seconds})
-    return rows
-
-
-def plot(runs, out):
-    """Draw what runs looked like and save a PNG: a colour a run; faint: iterations, bold: smoothed.
-    Of a single run also its frontier: which questions were solved when."""
-    from matplotlib.figure import Figure  # not pyplot: it needs no screen
-    from matplotlib.ticker import EngFormatter
-
-    curves = [read_run(run) for run in runs]
-    names = [Path(run).resolve().name for run in runs]
-    names = [str(run) if names.count(name) > 1 else name for run, name in zip(runs, names)]
-    shown = [panel for panel in PANELS if any(panel[0] in row for rows in curves for row in rows)]
-    if not shown:
-        raise ValueError(f"{', '.join(names)}: nothing to draw yet: wait for an iteration")
-    lines = -(-len(shown) // 3)
-    figure = Figure(figsize=(10, 2.1 * lines + 3.5 * (len(runs) == 1)))
-    grid = figure.add_gridspec(lines + 2 * (len(runs) == 1), 3)
-    for i, (key, spent, label) in enumerate(shown):
-        ax = figure.add_subplot(grid[i // 3, i % 3])
-        for number, rows in enumerate(curves):
-            points = [(row[spent], row[key]) for row in rows if key in row]
-            points = np.array(points, float).reshape(-1, 2)
-            color = COLORS[number % len(COLORS)]
-            style = {"color": color, "linestyle": ("-", "--", ":")[number // len(COLORS) % 3]}
-            if key != "eval_accuracy":  # measured at every iteration: noisy
-                ax.plot(*points.T, color=color, alpha=0.2, linewidth=0.8)
-                points[:, 1] = smooth(points[:, 1], max(1, len(points) // 20))
-            ax.plot(*points.T, label=names[number], linewidth=1.5, **style)
-        ax.spines[["top", "right"]].set_visible(False)
-        ax.tick_params(length=2, labelsize=7)
-        ax.xaxis.set_major_formatter(EngFormatter(sep=""))
-        ax.set_xlabel(spent, fontsize=8)
-        ax.set_title(label, fontsize=9)
-        if i == 0:
-            handles = ax.get_legend_handles_labels()
-    if len(runs) == 1:
-        draw_frontier(figure.add_subplot(grid[lines:, :]), curves[0])
-    figure.legend(*handles, loc="upper center", ncols=min(4, len(runs)), frameon=False)
-    figure.tight_layout(rect=(0, 0, 1, 0.97 - 0.02 * ((len(runs) - 1) // 4)))
-    Path(out).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(out, dpi=150)
-
-
-def draw_frontier(ax, rows):
-    """Questions, by difficulty, against iterations: what their samples showed, and (larger) which
-    were trained on. A level's questions are spread over its band."""
-    groups = [(row["iteration"], *group) for row in rows for group in row.get("sampled", [])]
-    levels = sorted({group[2] for group in groups}, key=lambda level: (str(type(level)), level))
-    band = {level: i for i, level in enumerate(levels)}
-    trained = {(row["iteration"], i) for row in rows for i in row.get("trained", [])}
-    jitter = np.random.default_rng(0).random
-    place = {question: jitter() for question in {group[1] for group in groups}}
-    for color, label in (("#CCCCCC", "never"), ("#D55E00", "sometimes"), ("#0072B2", "always")):
-        points = []
-        for iteration, question, level, successes, attempts in groups:
-            share = successes / attempts
-            found = "never" if share == 0 else "always" if share == 1 else "sometimes"
-            if found == label:
-                size = 9 if (iteration, question) in trained else 1.5
-                points.append((iteration, band[level] + 0.9 * place[question], size))
-        x, y, sizes = np.array(points).reshape(-1, 3).T
-        ax.scatter(x, y, s=sizes, c=color, label=label, linewidths=0)
-    ax.set_yticks(np.arange(len(levels)) + 0.45, levels)
-    ax.tick_params(length=2, labelsize=7)
-    ax.spines[["top", "right"]].set_visible(False)
-    ax.set_xlabel("iteration", fontsize=8)
-    ax.set_title("training questions by level: solved by their responses", fontsize=9)
-    ax.legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False, fontsize=8)
-
-
-def smooth(values, reach):
-    """The mean of each value and its neighbours, `reach` on either side."""
-    return [values[max(0, t - reach) : t + reach + 1].mean() for t in range(len(values))]
-
-
-# See data.read_settings. A * means: of a run's folder, what the run used.
+# See machine.read_settings. A * means: of a run's folder, what the run used.
 SETTINGS = """
 model            -              -     a model's folder, a run's folder, or a hub id
 plot             -              +     draw these training runs instead
@@ -622,7 +271,7 @@ OF_THE_RUN += ("last_number", "chat", "bits")
 
 def settings_for(flags):
     """All settings; where a run's folder is given, it is evaluated as it was trained."""
-    settings = {name: row[0] for name, row in data.read_settings(SETTINGS).items()}
+    settings = {name: row[0] for name, row in machine.read_settings(SETTINGS).items()}
     if flags.get("protocol") == "vineppo":
         settings["samples"] = 16
     run = Path(flags["model"])
@@ -637,7 +286,7 @@ def settings_for(flags):
     if Path(settings["dataset"]).is_file() and settings["dataset"] != trained_on:
         settings["split"] = flags.get("split", "all")
     args = SimpleNamespace(**settings)
-    data.check_settings(SETTINGS, args)
+    machine.check_settings(SETTINGS, args)
     if args.samples == 1 and {"temperature", "top_p"} & flags.keys():
         raise ValueError("--temperature and --top_p are for several samples: give --samples too")
     return args
@@ -663,18 +312,6 @@ def evaluate_dataset(args, name, model, tokenizer):
     return results
 
 
-def earlier_results(against, file):
-    """The results in an evaluation's JSON, or in the one of that name in a run's folder."""
-    path = Path(against, file) if Path(against).is_dir() else Path(against)
-    try:
-        return json.loads(path.read_text())["results"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"--against {against}: no evaluation in {path} ({data.first_line(error)}): run eval.py "
-            "--model on it first"
-        ) from error
-
-
 def print_comparison(earlier, name, results):
     for measure, result in results.items():
         before = earlier.get(name, {}).get(measure)
@@ -686,7 +323,7 @@ def print_comparison(earlier, name, results):
 
 
 def main(argv=None):
-    flags = data.parse_flags(SETTINGS, "Evaluate a checkpoint, or draw training runs.", argv)
+    flags = machine.parse_flags(SETTINGS, "Evaluate a checkpoint, or draw training runs.", argv)
     if "plot" in flags:
         out = Path(flags.get("out") or Path(flags["plot"][0], "curves.png"))
         if out.suffix != ".png":
@@ -701,7 +338,7 @@ def main(argv=None):
     file = f"eval_{datasets}_{args.split}.json"
     earlier = earlier_results(args.against, file) if args.against else {}
     set_judges(args.judges)
-    model, tokenizer = data.load_model(args.model, device=args.device, dtype=args.dtype)
+    model, tokenizer = machine.load_model(args.model, device=args.device, dtype=args.dtype)
     evaluations = {}
     samples = []
     for name in args.dataset.split(","):
@@ -723,4 +360,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    data.command_line(main)
+    machine.command_line(main)

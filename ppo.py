@@ -29,13 +29,9 @@ list with a 1-D float32 CPU tensor a rollout; (tokens,) stands for those of a mi
 import copy
 import math
 import statistics
-import warnings
-import weakref
 from collections import defaultdict
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from types import MethodType
 
 import numpy as np
 import torch
@@ -44,8 +40,9 @@ from torch import nn
 from torch.nn.utils import clip_grad_norm_
 from torch.nn.utils.rnn import pad_sequence
 
-import rollout
-from rollout import all_shares, all_sum, gather, many_processes, rank, share
+import machine
+from machine import all_shares, all_sum, gather, many_processes, require, share, until_it_fits
+from transformer import mixed_precision, no_dropout, token_logprobs
 
 # --------------------------------------------------------------------------- advantages
 
@@ -249,7 +246,8 @@ class ValueModel(nn.Module):
 
 
 # ==================================================================================================
-# That is the method. Below: batches without waste, log-probs in little memory, metrics, checks.
+# That is the method. Below: batches without waste, metrics, checks. Log-probs in little memory:
+# transformer.py.
 # ==================================================================================================
 
 
@@ -269,7 +267,7 @@ class Settings:
     max_grad_norm: float | None = 1.0  # of policy and critic each; None: no clipping
     max_ratio: float = 10.0  # a minibatch of larger mean ratio makes no policy step
     tokens_per_microbatch: int = 8192  # padded tokens in one forward and backward
-    fsdp: bool = False  # are the models in parts (`shard`)?
+    fsdp: bool = False  # are the models in parts (`transformer.shard`)?
     autocast: torch.dtype | None = None  # None or torch.bfloat16: of the matrix products
 
 
@@ -295,12 +293,12 @@ def step(model, optimizer, loss, max_grad_norm):
     NaN: it is counted in the metrics, and `model.bad_steps` counts how many came in a row."""
     parameters = [p for p in model.parameters() if p.grad is not None]
     for parameter in parameters if many_processes() else []:
-        if rollout.is_part(parameter):
+        if machine.is_part(parameter):
             parameter.grad *= dist.get_world_size()  # FSDP's is the mean of the processes'
         else:
             all_sum(parameter.grad)
     limit = math.inf if max_grad_norm is None else max_grad_norm
-    norm = float(rollout.whole(clip_grad_norm_(parameters, limit)))
+    norm = float(machine.whole(clip_grad_norm_(parameters, limit)))
     if math.isfinite(loss) and math.isfinite(norm):
         model.bad_steps = 0
         optimizer.step()
@@ -309,31 +307,6 @@ def step(model, optimizer, loss, max_grad_norm):
         norm = math.nan
     optimizer.zero_grad()  # now: generation can use the memory
     return norm
-
-
-def until_it_fits(settings, clear=None):
-    """`with` blocks to do the same thing in until memory suffices: a next one has half the
-    tokens_per_microbatch, which changes no gradient. clear: called between them, to forget the
-    gradient so far."""
-    fitted = []
-    while not fitted:
-        yield halve_when_full(settings, clear, fitted)
-
-
-@contextmanager
-def halve_when_full(settings, clear, fitted):
-    try:
-        yield
-        fitted.append(True)
-    except torch.OutOfMemoryError:
-        if settings.tokens_per_microbatch < 2 or settings.fsdp:  # others wait for this very pass
-            raise
-        settings.tokens_per_microbatch //= 2
-        if clear is not None:
-            clear()
-        half = settings.tokens_per_microbatch
-        warnings.warn(f"out of memory: going on with --tokens_per_microbatch {half}", stacklevel=2)
-        torch.cuda.empty_cache()
 
 
 def token_weights(rollouts, minibatch, average):
@@ -361,10 +334,10 @@ def microbatches(rollouts, tokens_per_microbatch, chosen=None):
     memory runs out, it does so at once.
 
     Of several processes each gets the groups of its share, and all get as many, the last ones maybe
-    empty: models in parts (`shard`) are gathered from all in every pass."""
+    empty: models in parts (`transformer.shard`) are gathered from all in every pass."""
     chosen = range(len(rollouts)) if chosen is None else chosen
     shares = [of_like_length(rollouts, tokens_per_microbatch, part) for part in all_shares(chosen)]
-    groups = shares[rank()]
+    groups = shares[machine.rank()]
     return groups + [[]] * (max(map(len, shares)) - len(groups))
 
 
@@ -401,24 +374,10 @@ def pick(entries, batch, like):
     return torch.cat([entries[i] for i in batch]).to(like.device)
 
 
-def mixed_precision(model, dtype):
-    """bfloat16 matrix products over float32 weights (float16 would need its losses scaled)."""
-    device = next(model.parameters()).device.type
-    return torch.autocast(device, dtype=dtype, enabled=dtype is not None)
-
-
-def no_dropout(model):
-    """Eval mode, and it stays: with dropout, old and new log-probs would differ by noise and the
-    first ratio would not be 1. A layer under gradient checkpointing keeps its own flag, not its
-    children's, which do the dropping out: in eval mode transformers quietly stops checkpointing."""
-    for module in model.modules():
-        module.training = bool(getattr(module, "gradient_checkpointing", False))
-
-
 @torch.no_grad()
 def rollout_scores(score, model, rollouts, settings, only=None, clear=None):
     """score(model, some rollouts, settings) -> (tokens,), over all rollouts: a list of 1-D tensors,
-    no gradient. only: a bool a rollout; the others' entries are None. clear: `until_it_fits`'s."""
+    no gradient. only: a bool a rollout; the others' entries are None. clear: as `until_it_fits`."""
     check_rollouts(rollouts)
     no_dropout(model)
     scores = [None] * len(rollouts)
@@ -486,191 +445,6 @@ rollout_logprobs = partial(rollout_scores, response_logprobs)  # (policy, rollou
 rollout_values = partial(rollout_scores, response_values)  # (critic, rollouts, settings)
 
 
-def token_logprobs(model, tokens, *, temperature=1.0, mask=None, chunk=None):
-    """log pi(tokens[t + 1] | tokens[:t + 1]) of the distribution softmax(logits / temperature).
-
-    tokens: (batch, time) ids, rows padded on the RIGHT with any valid id: under causal attention no
-    real token sees what stands after it. mask: (batch, time - 1) bool, the positions wanted: the
-    head is computed there alone, the others return 0. chunk: rows of the head at a time; None: as
-    many as keep a chunk of logits near 128 MB. Returns (batch, time - 1) float32 (float64 in a
-    float64 model), differentiable once; under torch.autocast the products are of its type.
-    ValueError: a temperature of 0, or a head whose logits this would get wrong."""
-    check_tokens(tokens, temperature)
-    check_head(model)
-    if mask is None:
-        mask = torch.ones_like(tokens[:, 1:], dtype=torch.bool)
-    logprobs_of = getattr(model, "logprobs_in_parts", partial(masked_logprobs, model))
-    return logprobs_of(tokens, temperature, mask, chunk)
-
-
-def masked_logprobs(model, tokens, temperature, mask, chunk):
-    # the last column is only ever a target: the backbone need not read it
-    hidden = model.base_model(input_ids=tokens[:, :-1], use_cache=False).last_hidden_state
-    logprobs = head_logprobs(model, hidden[mask], tokens[:, 1:][mask], temperature, chunk)
-    zeros = torch.zeros(mask.shape, dtype=logprobs.dtype, device=mask.device)
-    return zeros.masked_scatter(mask, logprobs)
-
-
-def shard(model, decoder=None):
-    """FSDP2: each process keeps a part of every weight, its gradient and its moments in Adam. A
-    pass gathers a layer's weights when it comes to the layer, and forgets them behind it. model: a
-    `ValueModel`, or a policy, of which a whole copy is kept to decode with, of the dtype `decoder`.
-    Make the optimizer afterwards."""
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
-
-    device = next(model.parameters()).device.type
-    mesh = init_device_mesh(device, (dist.get_world_size(),))
-    is_policy = not isinstance(model, ValueModel)
-    if is_policy:
-        check_head(model)
-        rollout.keep_copy(model, decoder)
-    names = (model if is_policy else model.backbone)._no_split_modules or ()
-    for layer in [module for module in model.modules() if type(module).__name__ in names]:
-        fully_shard(layer, mesh=mesh)
-    fully_shard(model, mesh=mesh)
-    if is_policy:  # `token_logprobs` calls backbone and head, not the model
-        model.logprobs_in_parts = MethodType(masked_logprobs, model)
-        register_fsdp_forward_method(model, "logprobs_in_parts")
-
-
-def put_together(state):
-    """A state dict without parts: a collective where there are any (--fsdp)."""
-    if isinstance(state, dict):
-        return {name: put_together(value) for name, value in state.items()}
-    return rollout.whole(state).cpu() if rollout.is_part(state) else state
-
-
-def take_apart(state, like):
-    """Replace the tensors in a state dict by this process's parts, where the parameters of the same
-    names are parts."""
-    from torch.distributed.tensor import distribute_tensor
-
-    for name, value in state.items():
-        parameter = like.get(name)
-        if rollout.is_part(parameter) and value.shape == parameter.shape:
-            where = parameter.device_mesh, parameter.placements
-            state[name] = distribute_tensor(value.to(parameter.device), *where)
-
-
-def head_logprobs(model, hidden, targets, temperature, chunk=None):
-    """hidden (rows, width), targets (rows,) -> log-probs (rows,), by the output embedding."""
-    head = model.get_output_embeddings()
-    device = hidden.device.type
-    autocast = torch.is_autocast_enabled(device)
-    dtype = torch.get_autocast_dtype(device) if autocast else head.weight.dtype
-    chunk = chunk or max(1, 2**25 // len(head.weight))
-    settings = temperature, softcap_of(model), chunk, dtype
-    return HeadLogprobs.apply(hidden, head.weight, head.bias, targets, *settings)
-
-
-def softcap_of(model):
-    return getattr(model.config.get_text_config(), "final_logit_softcapping", None)  # Gemma has one
-
-
-def head_logits(hidden, weight, bias, softcap):
-    """(rows, width) -> (rows, vocab), at least float32: softcap * tanh(logits / softcap)."""
-    logits = hidden.to(weight.dtype) @ weight.T
-    logits = logits if bias is None else logits.add_(bias)
-    logits = logits.float() if logits.dtype.itemsize < 4 else logits
-    return logits.div_(softcap).tanh_().mul_(softcap) if softcap else logits
-
-
-class HeadLogprobs(torch.autograd.Function):
-    """log softmax(cap(hidden @ weight.T + bias) / temperature)[target] for each row, a chunk of
-    rows at a time: the logits of a batch, (batch, time, vocab), would dwarf the model.
-
-    Forward keeps one number a row, the logsumexp. Backward computes the chunk's logits again: with
-    softmax p, d logp[target] / d logits = onehot(target) - p. One more matrix product, and never
-    rows * vocab numbers at once."""
-
-    @staticmethod
-    def forward(ctx, hidden, weight, bias, targets, temperature, softcap, chunk, dtype):
-        # hidden (rows, width), weight (vocab, width), bias (vocab,) or None, targets (rows,)
-        # dtype: of the products; sums are float32 (float64 in a float64 model: gradient checks)
-        ctx.temperature, ctx.softcap = temperature, softcap
-        ctx.chunk, ctx.dtype = chunk, dtype
-        sums = torch.float64 if dtype == torch.float64 else torch.float32
-        logprobs, logsumexp = hidden.new_empty(2, len(hidden), dtype=sums)
-        with torch.autocast(hidden.device.type, enabled=False):
-            cast = weight.to(dtype)  # once, not once a chunk; no copy where it is of that type
-            for i in range(0, len(hidden), chunk):
-                rows = slice(i, i + chunk)
-                logits = head_logits(hidden[rows], cast, bias, softcap).div_(temperature)
-                logsumexp[rows] = logits.logsumexp(-1)
-                chosen = logits.gather(-1, targets[rows, None]).squeeze(-1)
-                logprobs[rows] = chosen - logsumexp[rows]
-        ctx.save_for_backward(hidden, weight, bias, targets, logsumexp)
-        return logprobs
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):
-        hidden, weight, bias, targets, logsumexp = ctx.saved_tensors
-        d_hidden = torch.empty_like(hidden)
-        d_weight = torch.zeros_like(weight, dtype=grad.dtype)  # the only tensor of that size
-        d_bias = None if bias is None else torch.zeros_like(bias, dtype=grad.dtype)
-        grad = (grad / ctx.temperature)[:, None]  # (rows, 1)
-        with torch.autocast(hidden.device.type, enabled=False):
-            cast = weight.to(ctx.dtype)
-            for i in range(0, len(hidden), ctx.chunk):
-                rows = slice(i, i + ctx.chunk)
-                logits = head_logits(hidden[rows], cast, bias, ctx.softcap)
-                slope = 1 - (logits / ctx.softcap) ** 2 if ctx.softcap else None  # the cap's
-                p = logits.div_(ctx.temperature).sub_(logsumexp[rows, None]).exp_()
-                d_logits = p.mul_(-grad[rows]).scatter_add_(-1, targets[rows, None], grad[rows])
-                d_logits = d_logits.mul_(slope) if ctx.softcap else d_logits
-                if bias is not None:
-                    d_bias += d_logits.sum(0)
-                d_logits = d_logits.to(ctx.dtype)
-                d_hidden[rows] = d_logits @ cast
-                if ctx.needs_input_grad[1]:
-                    add_product(d_weight, d_logits, hidden[rows].to(ctx.dtype))
-        d_weight = d_weight.to(weight.dtype) if ctx.needs_input_grad[1] else None
-        d_bias = None if bias is None else d_bias.to(bias.dtype)
-        return d_hidden, d_weight, d_bias, None, None, None, None, None
-
-
-def add_product(total, a, b, slab_numbers=2**24):
-    """total += a.T @ b. bfloat16 products add up in float32, a slab at a time: no second tensor
-    of (vocab, width)."""
-    if total.dtype == a.dtype:
-        return total.addmm_(a.T, b)
-    rows = max(1, slab_numbers // total.shape[1])
-    for i in range(0, len(total), rows):
-        total[i : i + rows] += a.T[i : i + rows] @ b
-
-
-CHECKED = weakref.WeakSet()  # models whose head was found to be one that head_logprobs gets right
-
-
-@torch.no_grad()
-def check_head(model):
-    """Once a model: ValueError unless its logits are its head times its backbone's output, softly
-    capped where the configuration says so. Some families do more (Cohere and Granite scale them),
-    and training on numbers that are slightly off looks fine and learns less."""
-    if model in CHECKED:
-        return
-    name = type(model).__name__
-    head = getattr(model, "get_output_embeddings", lambda: None)()
-    plain = type(head) is nn.Linear and model.base_model is not model  # subclasses: LoRA, int8
-    found = f"found {type(head).__name__}: use a model without adapters or quantization on its head"
-    require(plain, f"{name}: needs a backbone (.base_model) and a plain nn.Linear head, {found}")
-    no_dropout(model)
-    tokens = torch.arange(8, device=head.weight.device)[None] % len(head.weight)  # (1, 8)
-    with torch.autocast(tokens.device.type, enabled=False):
-        hidden = model.base_model(input_ids=tokens, use_cache=False).last_hidden_state
-        ours = head_logits(hidden[0], head.weight, head.bias, softcap_of(model))
-        theirs = model(tokens, use_cache=False).logits[0]  # (8, vocab)
-    tolerance = 1e-3 if head.weight.dtype.itemsize > 2 else 0.05
-    # NaN weights are not the head's fault
-    tolerance *= float(theirs.nan_to_num().abs().max())
-    same = torch.allclose(ours.float(), theirs.float(), 0, tolerance, equal_nan=True)
-    message = "use another model, or teach ppo.HeadLogprobs this one's formula"
-    require(same, f"{name}: its logits are not its head times its backbone's output: {message}")
-    CHECKED.add(model)
-
-
 # --------------------------------------------------------------------------- metrics and checks
 
 TOKEN_SUMS = ("policy_loss", "kl", "approx_kl", "clip_fraction", "ratio_mean", "tokens")
@@ -714,23 +488,11 @@ def update_metrics(log, ref_logprobs, values, returns):
     return metrics
 
 
-def require(condition, message):
-    if not condition:
-        raise ValueError(message)
-
-
 def check_groups(rewards, how):
     require(how in ("grpo", "rloo"), f"group baseline {how!r}: choose 'grpo' or 'rloo'")
     shape = np.shape(rewards)
     message = f"rewards {shape}: a group baseline needs (questions, n), n at least 2 rollouts"
     require(len(shape) == 2 and shape[1] > 1, message)
-
-
-def check_tokens(tokens, temperature):
-    message = f"temperature {temperature}: log-probs need one above 0 (greedy has no ratio)"
-    require(temperature > 0, message)
-    message = f"tokens of shape {tuple(tokens.shape)}: needs (batch, time) with time of at least 2"
-    require(tokens.dim() == 2 and tokens.shape[1] > 1, message)
 
 
 def check_rollouts(rollouts, **lists):

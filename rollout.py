@@ -27,29 +27,24 @@ Three ideas follow.
    the batch (but for float rounding); and the decode step draws nothing, so a CUDA graph can
    replay it.
 
-No model is rewritten: Hugging Face models call the attention function registered under the
-configured name and the `Cache` they are handed, and both are ours. A model that these do not fit is
-found by a probe before any work and refused by name; engine="hf" serves it by `model.generate`.
+No model is rewritten (transformer.py says how). One that the engine does not fit is refused by name
+before any work; engine="hf" serves it by `model.generate`.
 """
 
 import bisect
-import contextlib
-import copy
 import functools
 import itertools
-import math
-import sys
 import warnings
 import weakref
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.distributed as dist
-import torch.nn.functional as F
-from tqdm import tqdm
-from transformers import AttentionInterface, GenerationConfig
-from transformers.cache_utils import Cache
+from transformers import GenerationConfig
+
+import transformer
+from machine import gather, in_parts, progress_bar, share
+from transformer import SlotCache, at_least, decode, prefill, serving
 
 
 @dataclass
@@ -113,9 +108,9 @@ def generate(
     requests = [request for group in groups for request in group]
     stats = {} if stats is None else stats
     if requests:
-        decoder = low_precision_copy(model, dtype)
+        decoder = transformer.low_precision_copy(model, dtype)
         if engine == "slots":
-            check_servable(decoder if in_parts(model) else model)
+            transformer.check_servable(decoder if in_parts(model) else model)
     mine = share(requests)  # all of them, unless several processes share the work
     if mine:
         serve = generate_slots if engine == "slots" else generate_hf
@@ -150,7 +145,7 @@ class Engine:
         self.state = (self.token, self.length, self.written, self.budget, self.live, self.stopped)
         self.state += (self.tokens, self.logprobs, self.uniforms)
         self.filled = np.zeros(slots, dtype=int)  # `length`, or more, as far as the host knows
-        set_step_sizes(self, slots, columns)
+        transformer.set_step_sizes(self, slots, columns)
 
     def run(self, trunks, slots, how, stats, bar):
         """Serve `trunks`, [(trunk, [Request, ...]), ...] as `plan` orders them, in the first
@@ -176,7 +171,7 @@ class Engine:
                     busy = compact(self, busy)
                 width = at_least(busy[-1] + 1, self.widths)
             used = at_least(self.filled[busy].max() + self.check_every, self.depths)
-            decode_steps(self, width, used, stop_ids, how)
+            transformer.decode_steps(self, width, used, stop_ids, how)
             self.filled[busy] += self.check_every
             add(stats, steps=self.check_every, slot_steps=width * self.check_every)
             if how.stop_text:
@@ -248,109 +243,9 @@ def sample(logits, uniform, how):
 
 
 # ==================================================================================================
-# That is the method. Below: the cache, attention, the nucleus; the order of the work, CUDA graphs,
-# memory; stop texts, model.generate, checks.
+# That is the method. Below: the nucleus, the order of the work, memory, stop texts, model.generate,
+# checks. How a model reads the cache: transformer.py.
 # ==================================================================================================
-
-
-class SlotCache(Cache):
-    """Keys and values of every slot, each row at its own length: a pair of tensors (slots,
-    kv_heads, columns, head_dim) a layer, allocated once. Unlike the usual cache, `update` does not
-    append: it writes row i at column position[i]. In a prefill it only collects what a forward over
-    whole prompts produced."""
-
-    def __init__(self, slots, columns):
-        super().__init__(layers=[])  # the parent's layers stay unused
-        self.slots, self.columns = slots, columns
-        self.tables = {}  # layer -> keys, values
-        self.prefilled = {}  # layer -> in the prefill: (prompts, kv_heads, time, head_dim)
-        self.biases = {}  # sliding window (or None) -> additive mask of this forward
-
-    def begin(self, position, used, prefill=False):
-        """Start a forward. position: of each query, (rows,) in a decode step, one query a row;
-        (time,) in a prefill. used: the columns that attention reads, at least max(position) + 1."""
-        self.position, self.used, self.prefill = position, used, prefill
-        self.rows = torch.arange(len(position), device=position.device)
-        self.biases.clear()
-
-    def update(self, key, value, layer_idx, *args, **kwargs):
-        if self.prefill:
-            self.prefilled[layer_idx] = key, value
-            return key, value
-        tables = self.table(layer_idx, key, value)
-        for table, new in zip(tables, (key, value)):
-            table[self.rows, :, self.position] = new[:, :, 0]
-        return [table[: len(self.rows), :, : self.used] for table in tables]
-
-    def table(self, layer, *like):
-        if layer not in self.tables:  # zeros: a stale NaN times an attention weight of 0 is NaN
-            shapes = [(self.slots, x.shape[1], self.columns, x.shape[3]) for x in like]
-            self.tables[layer] = [x.new_zeros(shape) for x, shape in zip(like, shapes)]
-        return self.tables[layer]
-
-    def admit(self, rows, sources, time):
-        """Copy the first `time` columns of the prefilled prompts `sources` into the slots `rows`. A
-        row whose prompt is shorter gets columns too many: masked, overwritten one by one."""
-        for layer, prompts in self.prefilled.items():
-            for table, new in zip(self.table(layer, *prompts), prompts):
-                table[rows, :, :time] = new[sources, :, :time]
-
-    def bias(self, window, dtype):
-        """0 where a query may look, (position - window, position], -inf elsewhere; made once a
-        forward for all layers. (rows, 1, 1, used) in a decode step, (time, time) in a prefill."""
-        if window not in self.biases:
-            column = torch.arange(self.used, device=self.position.device)
-            position = self.position[:, None]
-            hidden = column > position
-            if window is not None:
-                hidden = hidden | (column <= position - window)
-            bias = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device)
-            bias.masked_fill_(hidden, float("-inf"))
-            self.biases[window] = bias if self.prefill else bias[:, None, None]
-        return self.biases[window]
-
-    def get_seq_length(self, layer_idx=0):
-        return 0  # positions are always passed explicitly
-
-
-# The cache of the forward under way: models show it to `update`, not to the attention function.
-ACTIVE: SlotCache | None = None
-
-
-def attention(
-    module, query, key, value, attention_mask, scaling=None, sliding_window=None, softcap=None,
-    **kwargs,
-):  # fmt: skip
-    """Registered with transformers as "slots". query (batch, heads, time, head_dim); key and value
-    (batch, kv_heads, columns, head_dim) -> (batch, time, heads, head_dim). Causal in a prefill; by
-    each row's length in a decode step."""
-    if kwargs.get("s_aux") is not None or kwargs.get("position_bias") is not None:
-        raise ValueError("attention sinks or a position bias")
-    batch, heads, time, dim = query.shape
-    group = heads // key.shape[1]  # query heads that share a key head
-    scale = dim**-0.5 if scaling is None else scaling
-    if ACTIVE.prefill:  # rows are padded on the right, where causal attention never looks
-        key = key.repeat_interleave(group, 1)
-        value = value.repeat_interleave(group, 1)
-    else:  # one query a row: the heads that share a key head become its "time"
-        query = query.reshape(batch, -1, group, dim)
-    whole = sliding_window is None or sliding_window >= time
-    causal = ACTIVE.prefill and softcap is None and whole
-    bias = None if causal else ACTIVE.bias(sliding_window, query.dtype)
-    if softcap is None and (query.is_cuda or ACTIVE.prefill):
-        out = F.scaled_dot_product_attention(
-            query, key, value, attn_mask=bias, is_causal=causal, scale=scale
-        )
-    else:  # written out: Gemma 2's soft cap, and on a CPU no slower than the fused kernel
-        scores = (query * scale) @ key.transpose(2, 3)
-        if softcap is not None:
-            scores = softcap * torch.tanh(scores / softcap)
-        out = (scores + bias).softmax(-1, dtype=torch.float32).to(value.dtype) @ value
-    return out.reshape(batch, heads, time, -1).transpose(1, 2), None
-
-
-# No mask function has that name, so models build no mask of their own.
-AttentionInterface.register("slots", attention)
 
 
 def top_k_top_p(probs, top_k, top_p):
@@ -396,74 +291,6 @@ def bisect_nucleus(probs, needed, top_p):
         low = torch.where(enough, middle, low)
         high = torch.where(enough, high, middle)
     return low
-
-
-@contextlib.contextmanager
-def serving(model, cache=None):
-    """Inside: eval mode, no autograd, the model's GPU, and, given a cache, our attention over it.
-    Then all is put back as it was."""
-    global ACTIVE
-    outer, implementation = ACTIVE, model.config._attn_implementation
-    generation_config = model.generation_config
-    modes = [(module, module.training) for module in model.modules()]
-    layers = [module for module in model.modules() if cache is not None and is_large(module)]
-    on_device = contextlib.nullcontext()
-    if model.device.type == "cuda":
-        on_device = torch.cuda.device(model.device)
-    try:
-        ACTIVE = cache
-        model.eval()
-        if cache is not None:
-            model.set_attn_implementation("slots")
-        for layer in layers:
-            layer.forward = functools.partial(few_rows, layer)
-        with torch.inference_mode(), on_device:
-            yield
-    finally:
-        ACTIVE, model.generation_config = outer, generation_config
-        model.set_attn_implementation(implementation)
-        for module, training in modes:
-            module.training = training
-        for layer in layers:
-            layer.__dict__.pop("forward", None)
-
-
-def few_rows(layer, x):
-    """A linear layer in a decode step on a CPU, (rows, 1, width) -> (rows, 1, out). For 5 to 47
-    rows the weight goes on the left, where BLAS reads it as it lies: on the right it is packed
-    first, which takes up to 2.6 times as long (matrices of 135 million weights in all)."""
-    if x.shape[1] > 1 or not 5 <= x.shape[0] <= 47:
-        return F.linear(x, layer.weight, layer.bias)
-    out = (layer.weight @ x[:, 0].T).T[:, None]
-    return out if layer.bias is None else out + layer.bias
-
-
-def is_large(layer):
-    """A linear layer that `few_rows` may stand in for: worth it, and not wrapped by anybody."""
-    if type(layer) is not torch.nn.Linear or "forward" in vars(layer):
-        return False
-    weight = layer.weight
-    return weight.is_cpu and weight.dtype == torch.float32 and weight.numel() >= 2**18
-
-
-def prefill(model, cache, prompts):
-    """One forward over right-padded prompts; keys and values are left in `cache.prefilled`."""
-    time = max(len(p) for p in prompts)
-    padded = [p + [0] * (time - len(p)) for p in prompts]
-    tokens = torch.tensor(padded, device=model.device)  # (prompts, time)
-    cache.begin(torch.arange(time, device=model.device), time, prefill=True)
-    positions = cache.position[None]
-    # the backbone alone: nobody reads the logits of a prompt
-    model.base_model(
-        input_ids=tokens, position_ids=positions, past_key_values=cache, use_cache=True
-    )
-
-
-def decode(model, cache, tokens):
-    """A decode step's forward at `cache.position`. tokens: (rows, 1) -> logits (rows, vocab)."""
-    positions = cache.position[:, None]
-    out = model(input_ids=tokens, position_ids=positions, past_key_values=cache, use_cache=True)
-    return out.logits[:, 0]
 
 
 # --------------------------------------------------------------------------- the order of the work
@@ -515,9 +342,8 @@ def harvest(engine, done, how, bar):
     for i, row in enumerate(done):
         end = written[i]
         if np.isnan(logprobs[i][:end]).any():
-            raise ValueError(
-                "the model's logits are not finite: has training diverged? Go back to a checkpoint"
-            )
+            problem = "the model's logits are not finite: has training diverged?"
+            raise ValueError(f"{problem} Go back to a checkpoint")
         request, engine.owner[row] = engine.owner[row], None
         request.rollout = to_rollout(request, tokens[i][:end], logprobs[i][:end], stopped[i], how)
     bar.update(len(done))
@@ -544,62 +370,11 @@ def compact(engine, busy):
     return list(range(len(busy)))
 
 
-def set_step_sizes(engine, slots, columns):
-    """A CPU pays for every row and column of a step, and looks after each step which rows are done.
-    On CUDA one graph serves all sizes up to the next of a few, and the host looks now and then."""
-    engine.widths, engine.depths, engine.check_every = range(slots + 1), range(columns + 1), 1
-    engine.graphs = None
-    if engine.device.type == "cuda":
-        engine.widths = (slots // 8, slots // 4, slots // 2, slots)
-        depths = [64, 128, 256, 384, 512, *range(768, columns, 256)]
-        engine.depths = (*(d for d in depths if d < columns), columns)
-        engine.check_every = 8
-        engine.graphs = {}
-
-
-def at_least(size, sizes):
-    """The least of the ascending `sizes` that is as large, or the largest there is."""
-    return sizes[bisect.bisect_left(sizes, min(size, sizes[-1]))]
-
-
-def decode_steps(engine, width, used, stop_ids, how):
-    """A few decode steps. On CUDA they are replays of one graph: no launch overhead, and the host
-    never waits."""
-    step = functools.partial(engine.step, width, used, stop_ids, how)
-    if engine.graphs is not None:
-        key = (width, used, *stop_ids.tolist(), how.temperature, how.top_p, how.top_k)
-        if key not in engine.graphs:
-            engine.graphs[key] = capture(engine, step), stop_ids  # the graph reads them in place
-        graph = engine.graphs[key][0]
-        step = graph.replay if graph else step
-    for _ in range(engine.check_every):
-        step()
-
-
-def capture(engine, step):
-    """The step as a CUDA graph; None, with a warning, for a model whose step cannot be captured
-    (one that reads numbers back, as some rotary embeddings do) or for want of memory."""
-    saved = [x.clone() for x in engine.state]
-    step()  # warms up; a real step, so undo what it did to the rows (the keys it wrote are right)
-    for x, old in zip(engine.state, saved):
-        x.copy_(old)
-    pools = [graph.pool() for graph, _ in engine.graphs.values() if graph]  # scratch is shared
-    try:
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pools[0] if pools else None):
-            step()
-        return graph
-    except RuntimeError as error:  # torch.OutOfMemoryError is one
-        reason = " ".join(str(error).split())[:100]
-        warnings.warn(f"no CUDA graph, so decoding is slower: {reason}", stacklevel=2)
-        return None
-
-
 # --------------------------------------------------------------------------- engines and memory
 
-# An engine outlives a call, for the graphs captured with it; so does the copy of the weights in
-# another dtype. Both go with their model. ENGINES.pop(model, None) frees the cache earlier.
-ENGINES, COPIES = weakref.WeakKeyDictionary(), weakref.WeakKeyDictionary()
+# An engine outlives a call, for the graphs captured with it, and goes with its model.
+# ENGINES.pop(model, None) frees the cache earlier.
+ENGINES = weakref.WeakKeyDictionary()
 
 
 def generate_slots(model, requests, slots, how, stats, bar):
@@ -607,7 +382,9 @@ def generate_slots(model, requests, slots, how, stats, bar):
     max_new = max(request.budget for request in requests)
     columns = max(len(request.prompt) + request.budget for request in requests)
     columns = -(-columns // 64) * 64  # few sizes, so that the next call finds a table that fits
-    slots = slots or choose_slots(model, columns, len(requests))
+    if slots is None:
+        kept = ENGINES.get(model)
+        slots = transformer.choose_slots(model, columns, len(requests), kept and kept.cache)
     # where a graph reads the weights
     place = (model.device, model.dtype, *(p.data_ptr() for p in model.parameters()))
     while True:
@@ -633,58 +410,6 @@ def generate_slots(model, requests, slots, how, stats, bar):
         warnings.warn(message, stacklevel=3)
         if model.device.type == "cuda":
             torch.cuda.empty_cache()
-
-
-def choose_slots(model, columns, requests):
-    """As many slots as half the free memory holds, up to where more stop paying (measured by
-    `tests/benchmark.py generation`)."""
-    config = model.config.get_text_config()
-    kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    column = 2 * config.num_hidden_layers * kv_heads * head_dim * model.dtype.itemsize
-    row = columns * column + 16 * config.vocab_size  # bytes of cache, and of logits
-    most, free = 256, free_memory(model.device)
-    if model.device.type == "cuda":
-        most = 512
-        free += torch.cuda.memory_reserved(model.device) - torch.cuda.memory_allocated(model.device)
-    kept = ENGINES.get(model)
-    if kept:  # what the kept engine holds is ours to use again
-        free += sum(table.nbytes for table in itertools.chain(*kept.cache.tables.values()))
-    return max(1, int(min(most, requests, free / 2 / row)))
-
-
-def free_memory(device):
-    """Bytes that are free on a device; infinity where nobody says."""
-    if torch.device(device).type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    with contextlib.suppress(OSError, StopIteration), open("/proc/meminfo") as lines:
-        available = next(line for line in lines if line.startswith("MemAvailable"))
-        return 1024 * int(available.split()[1])
-    return math.inf
-
-
-@torch.inference_mode()
-def low_precision_copy(model, dtype):
-    """The model, or its one copy in `dtype` with weights brought up to date: the training weights
-    stay float32. A model in parts decodes by the copy that was made before it was taken apart."""
-    twin = COPIES.get(model)
-    if in_parts(model):
-        for old, new in zip(twin.parameters(), model.parameters()):
-            old.copy_(whole(new))
-        return twin
-    if dtype in (None, model.dtype):
-        return model
-    if twin is None or (twin.dtype, twin.device) != (dtype, model.device):
-        twin = keep_copy(model, dtype)
-    torch._foreach_copy_(list(twin.parameters()), list(model.parameters()))
-    return twin
-
-
-def keep_copy(model, dtype):
-    twin = COPIES[model] = copy.deepcopy(model).requires_grad_(False)
-    for p in twin.parameters():  # not twin.to(dtype): rotary frequencies must stay float32
-        p.data = p.data.to(dtype)
-    return twin
 
 
 # --------------------------------------------------------------------------- stops, model.generate
@@ -777,132 +502,9 @@ def score_row(model, request, tokens, how):
     return to_rollout(request, tokens, logprobs.tolist(), bool(ends), how)
 
 
-# --------------------------------------------------------------------------- several processes
-# torchrun starts them. All see the same questions, responses and rewards; what is split is the
-# work: requests here, answers to grade, rows of a minibatch; and, by --fsdp, the training weights.
-
-
-def rank():
-    return dist.get_rank() if many_processes() else 0
-
-
-def many_processes():
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-
-
-def share(items):
-    """This process's part of a list, one in so many; alone, all of it."""
-    return all_shares(items)[rank()]
-
-
-def all_shares(items):
-    """Every process's share, in the order of their ranks."""
-    size = dist.get_world_size() if many_processes() else 1
-    return [items[start::size] for start in range(size)]
-
-
-def is_part(tensor):
-    """Is it one process's part of a tensor (FSDP's)?"""
-    return hasattr(tensor, "full_tensor")
-
-
-def in_parts(model):
-    return any(map(is_part, model.parameters()))
-
-
-def whole(tensor):
-    """All processes' parts, together; of any other tensor, itself."""
-    return tensor.full_tensor() if is_part(tensor) else tensor
-
-
-def all_sum(tensor):
-    """The sum over the processes."""
-    if many_processes():
-        dist.all_reduce(tensor)
-    return tensor
-
-
-def gather(items):
-    """The lists of all processes' shares, put together again in the order before `share`."""
-    if not many_processes():
-        return items
-    parts = [None] * dist.get_world_size()
-    dist.all_gather_object(parts, items)
-    together = [None] * sum(map(len, parts))
-    for start, part in enumerate(parts):
-        together[start :: len(parts)] = part
-    return together
-
-
-def seed_of(*numbers):
-    """A seed for `generate` that depends on all of these numbers and on nothing else."""
-    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 2)
-
-
 def add(stats, **counts):
     for name, count in counts.items():
         stats[name] = stats.get(name, 0) + count
-
-
-def progress_bar(name, total, unit, shown=True, initial=0, leave=True):
-    """A tqdm bar; where stderr is no terminal but a log file, a line in ten seconds at most."""
-    terminal = sys.stderr.isatty()
-    return tqdm(
-        desc=name, total=total, unit=unit, disable=not shown, initial=initial,
-        leave=leave and terminal, mininterval=0.1 if terminal else 10, maxinterval=10,
-        bar_format=None if terminal else "{l_bar}{bar:20}{r_bar}\n",
-    )  # fmt: skip
-
-
-# --------------------------------------------------------------------------- checks
-
-SERVABLE = weakref.WeakSet()  # models that passed `check_servable`
-
-
-def check_servable(model):
-    """ValueError, naming the architecture, unless the slot engine computes what the model computes:
-    flags first, then a probe."""
-    if model in SERVABLE:
-        return
-    config = model.config.get_text_config()
-    stateful = config.is_encoder_decoder or getattr(model, "_is_stateful", False)
-    strange = set(getattr(config, "layer_types", None) or ())
-    strange -= {"full_attention", "sliding_attention"}
-    try:
-        if stateful or not model._supports_attention_backend:
-            raise ValueError("no decoder-only attention with a KV cache")
-        if strange:
-            raise ValueError(f"layers of {' and '.join(sorted(strange))}")
-        probe(model, config.vocab_size)
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:  # whatever a model that does not fit may raise
-        reason = " ".join(str(error).split())[:200]
-        raise ValueError(
-            f"{model.__class__.__name__} cannot be served by the slot engine ({reason}): "
-            'pass engine="hf" (--engine hf) to generate through model.generate'
-        ) from error
-    SERVABLE.add(model)
-
-
-def probe(model, vocab_size, time=8):
-    """Two short rows of different lengths, decoded through the cache, beside a plain forward."""
-    random = torch.Generator().manual_seed(0)
-    tokens = torch.randint(vocab_size, (2, time), generator=random).to(model.device)
-    with serving(model):
-        whole = model(input_ids=tokens, use_cache=False).logits.float()  # (2, time, vocab)
-    cache, got = SlotCache(2, time), []
-    with serving(model, cache):
-        prefill(model, cache, [tokens[0, :2].tolist(), tokens[1, :5].tolist()])
-        cache.admit([0, 1], [0, 1], 5)
-        for position in torch.tensor([[2, 5], [3, 6], [4, 7]], device=model.device):
-            cache.begin(position, time)
-            got.append(decode(model, cache, tokens.gather(1, position[:, None])).float())
-    expected = torch.stack([whole[0, 2:5], whole[1, 5:8]])  # (2, 3, vocab)
-    error = (torch.stack(got, 1) - expected).abs().max().item()
-    scale = expected.abs().max().item()
-    if not error <= scale * (1e-3 if model.dtype == torch.float32 else 0.1):
-        raise ValueError(f"its logits differ by {error:.2g} of {scale:.2g}")
 
 
 def one_a_prompt(value, prompts):
@@ -911,46 +513,31 @@ def one_a_prompt(value, prompts):
 
 def check_arguments(model, prompts, n, budgets, how, slots, engine):
     if not len(prompts) == len(n) == len(budgets):
-        raise ValueError(
-            f"{len(prompts)} prompts, {len(n)} n, {len(budgets)} max_new_tokens: give one, or one "
-            "a prompt"
-        )
+        sizes = f"{len(prompts)} prompts, {len(n)} n, {len(budgets)} max_new_tokens"
+        raise ValueError(f"{sizes}: give one, or one a prompt")
     vocab = model.get_input_embeddings().num_embeddings
-    limit = longest_context(model.config.get_text_config())
+    limit = transformer.longest_context(model.config.get_text_config())
     for i, (prompt, count, budget) in enumerate(zip(prompts, n, budgets)):
         if len(prompt) == 0:
             raise ValueError(f"prompt {i} is empty: give it at least one token (a BOS token, say)")
         if not 0 <= min(prompt) <= max(prompt) < vocab:
-            raise ValueError(
-                f"prompt {i} has token ids from {min(prompt)} to {max(prompt)}, the model only 0 "
-                f"to {vocab - 1}: encode it with the model's own tokenizer"
-            )
+            ids = f"token ids from {min(prompt)} to {max(prompt)}, the model only 0 to {vocab - 1}"
+            raise ValueError(f"prompt {i} has {ids}: encode it with the model's own tokenizer")
         if budget < 1 or count < 0:
-            raise ValueError(
-                f"prompt {i}: max_new_tokens={budget} must be at least 1 and n={count} at least 0"
-            )
+            wrong = f"max_new_tokens={budget} must be at least 1 and n={count} at least 0"
+            raise ValueError(f"prompt {i}: {wrong}")
         if limit and len(prompt) + budget > limit:
-            raise ValueError(
-                f"prompt {i} is {len(prompt)} tokens: with max_new_tokens={budget} it passes the "
-                f"model's {limit} positions; shorten one of them"
-            )
+            passes = f"with max_new_tokens={budget} it passes the model's {limit} positions"
+            raise ValueError(f"prompt {i} is {len(prompt)} tokens: {passes}; shorten one of them")
     sensible = how.temperature >= 0 and 0 < how.top_p <= 1 and how.top_k >= 0
     if not (sensible and (slots is None or slots >= 1)):
-        raise ValueError(
-            f"temperature={how.temperature}, top_p={how.top_p}, top_k={how.top_k}, slots={slots}: "
-            "need temperature >= 0, 0 < top_p <= 1, top_k >= 0 and slots >= 1"
+        given = (
+            f"temperature={how.temperature}, top_p={how.top_p}, top_k={how.top_k}, slots={slots}"
         )
+        need = "temperature >= 0, 0 < top_p <= 1, top_k >= 0 and slots >= 1"
+        raise ValueError(f"{given}: need {need}")
     if not how.stop_ids:
-        raise ValueError(
-            "no stop token: pass stop_ids, or set eos_token_id in the model's generation_config"
-        )
+        way_out = "pass stop_ids, or set eos_token_id in the model's generation_config"
+        raise ValueError(f"no stop token: {way_out}")
     if engine not in ("slots", "hf"):
         raise ValueError(f'unknown engine {engine!r}: use "slots" or "hf"')
-
-
-def longest_context(config):
-    rope = getattr(config, "rope_parameters", None) or {}
-    limit = getattr(config, "max_position_embeddings", None)
-    if rope.get("rope_type") == "longrope":  # beyond, the longest row changes all frequencies
-        limit = rope.get("original_max_position_embeddings", limit)
-    return limit

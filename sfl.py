@@ -30,33 +30,24 @@ the most learnable; `lilo` and `dapo` draw more than they need and train on thos
 learnable; `posterior` knows from the training rollouts so far.
 """
 
-import contextlib
-import copy
-import itertools
 import json
-import math
-import os
-import signal
 import sys
-import threading
 import time
 from dataclasses import dataclass
-from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
-import torch
-import torch.distributed as dist
-from tqdm import tqdm
 
 import data
-import eval as evaluation
+import job
+import machine
 import ppo
+import report
 import sft
 import vineppo
-from rollout import ENGINES, Rollout, all_sum, generate, many_processes, progress_bar, rank, seed_of
+from machine import progress_bar, rank
+from rollout import Rollout, generate
 
 
 def learnability(successes, attempts):
@@ -68,10 +59,8 @@ def learnability(successes, attempts):
     whatever was tried often."""
     successes, attempts = np.asarray(successes, dtype=float), np.asarray(attempts, dtype=float)
     if np.any(attempts < 2) or np.any(successes < 0) or np.any(successes > attempts):
-        raise ValueError(
-            f"learnability of {successes} successes in {attempts} attempts: need at least 2 "
-            "attempts, and successes between 0 and the attempts"
-        )
+        need = "need at least 2 attempts, and successes between 0 and the attempts"
+        raise ValueError(f"learnability of {successes} successes in {attempts} attempts: {need}")
     return (successes * (attempts - successes) / (attempts * (attempts - 1)))[()]
 
 
@@ -171,17 +160,18 @@ CURRICULA = {"uniform": uniform, "sfl": sfl, "lilo": lilo, "dapo": dapo, "poster
 
 
 def train(args, signals=None):
-    """The whole job. Writes config.json, metrics.jsonl, evaluation.json, model/ and state/ into
-    args.out. Returns the held-out evaluations before and after. signals: see `signals_wait`. Stop:
-    the run has ended early, and is saved."""
-    run = setup(args)
+    """The whole job; job.py says what it writes into args.out. Returns the held-out evaluations
+    before and after. signals: see `machine.signals_wait`. machine.Stop: the run has ended early,
+    and is saved."""
+    run = job.setup(args)
+    run.sample = Sampler(args, run)
     run.signals = signals or SimpleNamespace(came=[])
-    before = start_or_resume(run, args)
-    result, log = before["greedy"], Log(run.out, args)
+    before = job.start_or_resume(run, args)
+    result, log = before["greedy"], job.Log(run.out, args)
     bar = progress_bar(run.out.name, args.iterations, "iteration", rank() == 0, run.start)
     run.signals.wait = True  # for the end of an iteration
     for iteration in range(run.start, args.iterations):
-        if out_of_patience(args, run.state):
+        if job.out_of_patience(args, run.state):
             break
         # 1. choose questions, sample responses, grade them
         run.sample.begin(iteration)
@@ -210,12 +200,12 @@ def train(args, signals=None):
 
         # 3. update
         clock = time.perf_counter()
-        prepare_update(args, run.optimizer, iteration)
+        job.prepare_update(args, run.optimizer, iteration)
         ref_logprobs = None
         if args.kl_coef > 0:
             ref_logprobs = ppo.rollout_logprobs(run.reference, rollouts, run.settings)
         elif args.kl_sample > 0:
-            row["kl"] = kl_to_start(args, run, rollouts)
+            row["kl"] = job.kl_to_start(args, run, rollouts)
         if args.algo in sft.IMITATORS:
             row |= imitate(args, run, batch)
         else:
@@ -228,28 +218,29 @@ def train(args, signals=None):
 
         # 4. measure, log, save
         last = iteration + 1 == args.iterations
-        row = batch_metrics(run, iteration, batch, rollouts) | row
+        row = job.batch_metrics(run, iteration, batch, rollouts) | row
         if last or (iteration + 1) % args.eval_every == 0:
             result = run.evaluate()
-            row |= {f"eval_{key}": result[key] for key in EVALUATED}
+            row |= {f"eval_{key}": result[key] for key in job.EVALUATED}
             run.state.setdefault("accuracies", []).append(result["accuracy"])
-            last = last or out_of_patience(args, run.state)
+            last = last or job.out_of_patience(args, run.state)
         log(row)
-        stop = reason_to_stop(run)
+        stop = job.reason_to_stop(run)
         if last or stop or (iteration + 1) % args.save_every == 0:
-            save(run, iteration + 1)
-        advance(bar, row, result)
+            job.save(run, iteration + 1)
+        job.advance(bar, row, result)
         if stop:
             raise stop
     run.signals.wait = False
     bar.close()
     after = {"greedy": result, "sampled": run.evaluate(samples=8)}
-    write(run.out / "evaluation.json", json.dumps({"before": before, "after": after}))
+    machine.write(run.out / "evaluation.json", json.dumps({"before": before, "after": after}))
     return before, after
 
 
 # ==================================================================================================
-# That is the method. Below: what a run consists of, checkpoints, settings, the command line.
+# That is the method. Below: batches, sampling and credit; settings, the command line. What a run
+# is made of, its checkpoints and its log, is run.py.
 # ==================================================================================================
 
 
@@ -283,30 +274,26 @@ class Sampler:
     """Samples responses to training questions and grades them. Keeps the calls of the iteration:
     each has random numbers of its own, and they are what choosing questions cost."""
 
-    def __init__(self, args, policy, tokenizer, questions, prompts, generation):
-        self.args, self.policy, self.tokenizer = args, policy, tokenizer
-        self.questions, self.prompts, self.generation = questions, prompts, generation
+    def __init__(self, args, run):
+        self.args, self.run = args, run
 
     def begin(self, iteration):
         self.iteration, self.calls = iteration, []
 
     def seed(self):
         """Depends on nothing but what it is for: a resumed run draws the same."""
-        return seed_of(self.args.seed, self.iteration, len(self.calls))
+        return machine.seed_of(self.args.seed, self.iteration, len(self.calls))
 
     def __call__(self, chosen, n):
-        start = time.perf_counter()
-        prompts = [self.prompts[i] for i in chosen]
+        start, run = time.perf_counter(), self.run
+        prompts = [run.prompts[i] for i in chosen]
         if self.args.algo == "rcrl" and self.iteration == 0:  # the tag is not learned yet
-            prompts = [data.with_tag(self.tokenizer, prompt, None) for prompt in prompts]
-        groups = generate(self.policy, prompts, n=n, seed=self.seed(), **self.generation)
-        rewards = self.grade(self.tokenizer, [self.questions[i] for i in chosen], groups)
+            prompts = [data.with_tag(run.tokenizer, prompt, None) for prompt in prompts]
+        groups = generate(run.policy, prompts, n=n, seed=self.seed(), **run.generation)
+        rewards = run.grade(run.tokenizer, [run.questions[i] for i in chosen], groups)
         batch = Batch(np.asarray(chosen), groups, rewards, time.perf_counter() - start)
         self.calls.append(batch)
         return batch
-
-    def grade(self, tokenizer, questions, groups):
-        return evaluation.rewards(tokenizer, questions, groups, last_number=self.args.last_number)
 
 
 def with_uniform(chosen, count, size, rng):
@@ -317,20 +304,11 @@ def with_uniform(chosen, count, size, rng):
     return np.concatenate([chosen, others]).astype(int)
 
 
-def shares(rewards):
-    """Of questions, rewards (questions, n) of 0 and 1: the shares solved by all attempts, by none,
-    and by some: the learnable ones."""
-    success = rewards.mean(1)
-    by_all, by_none = float((success == 1).mean()), float((success == 0).mean())
-    some = float(((success > 0) & (success < 1)).mean())
-    return {"solved_by_all": by_all, "solved_by_none": by_none, "learnable": some}
-
-
 def pool(batch):
     """What to log of questions that were sampled in order to choose."""
     successes = np.rint(batch.rewards.sum(1)).astype(int)
     histogram = np.bincount(successes, minlength=batch.rewards.shape[1] + 1).tolist()
-    logged = {f"pool_{name}": share for name, share in shares(batch.rewards).items()}
+    logged = {f"pool_{name}": share for name, share in job.shares(batch.rewards).items()}
     return {"pool": len(batch.questions), **logged, "pool_histogram": histogram}
 
 
@@ -353,16 +331,11 @@ def draw_until(order, args, sample, enough):
 
 def monte_carlo_credit(args, run, batch):
     """VinePPO's advantages for a batch, and what to log of them."""
-    questions = [run.sample.questions[i] for i in batch.questions]
-    style = args.steps
-    if style == "auto":
-        style = "math" if questions[0].kind == "math" else "lines"
-    max_steps = args.mc_max_steps or {"lines": 25, "math": 20}[style]
-    settings = {"mc_rollouts": args.mc_rollouts, "max_steps": max_steps}
-    settings |= {"style": style, "spend": args.mc_spend}
+    questions = [run.questions[i] for i in batch.questions]
     advantages, spent = vineppo.mc_advantages(
-        run.policy, run.tokenizer, questions, batch.groups, batch.rewards, **settings,
-        score=run.sample.grade, seed=run.sample.seed(), **run.sample.generation,
+        run.policy, run.tokenizer, questions, batch.groups, batch.rewards,
+        mc_rollouts=args.mc_rollouts, max_steps=args.mc_max_steps or None, style=args.steps,
+        spend=args.mc_spend, score=run.grade, seed=run.sample.seed(), **run.generation,
     )  # fmt: skip
     names = ("mc_steps", "mc_filled", "mc_states", "mc_rollouts")
     logged = {name: spent[name] for name in names}
@@ -374,11 +347,10 @@ def imitate(args, run, batch):
     """A round of expert iteration or return-conditioned RL, on all that was kept so far."""
     kept = run.state.setdefault("kept", [])
     sft.keep(kept, args.algo, batch.questions, batch.groups, batch.rewards)
-    prompts = run.sample.prompts
     stops = set(data.stop_ids(run.policy, run.tokenizer))
     examples = list(run.demonstrations)
     for question, reward, response in kept:
-        prompt = prompts[question]
+        prompt = run.prompts[question]
         if args.algo == "rcrl":
             prompt = data.with_tag(run.tokenizer, prompt, reward)
         examples.append(Rollout(prompt, response, [], response[-1] in stops))
@@ -389,510 +361,9 @@ def imitate(args, run, batch):
     )  # fmt: skip
 
 
-def group_of(question, prompt):
-    """What stands for a question's difficulty: its level, else its prompt's length."""
-    return str(question.level or f"length {4 * math.log2(len(prompt)):.0f}")
-
-
-def batch_metrics(run, iteration, batch, rollouts):
-    tokens = batch.tokens()
-    logprobs = np.concatenate([rollout.logprobs for rollout in rollouts])
-    calls = run.sample.calls
-    sampled = [
-        [int(i), run.sample.questions[i].level, int(sum(rewards)), len(rewards)]
-        for call in calls
-        for i, rewards in zip(call.questions, call.rewards)
-    ]
-    return {
-        "iteration": iteration + 1,
-        "reward_mean": float(batch.rewards.mean()),
-        **shares(batch.rewards),
-        "response_length": float(np.mean([len(r.response) for r in rollouts])),
-        "grading_timeouts": evaluation.timeouts["timeouts"],  # since the start
-        "truncated": float(np.mean([not r.finished for r in rollouts])),
-        "entropy": float(-logprobs.mean()),  # unbiased, where top-p truncates nothing
-        "lr": run.optimizer.param_groups[0]["lr"],
-        "tokens_generated": tokens,
-        # sampled to choose the questions and not trained on
-        "tokens_scored": sum(call.tokens() for call in calls) - tokens,
-        # [question, its level, successes, attempts], and which were trained on
-        "sampled": sampled,
-        "trained": batch.questions.tolist(),
-    }
-
-
-def out_of_patience(args, state):
-    """Is none of the last `patience` evaluations better than those before?"""
-    accuracies = state.get("accuracies", [])
-    earlier, latest = accuracies[: -args.patience], accuracies[-args.patience :]
-    return bool(args.patience and earlier and max(latest) <= max(earlier))
-
-
-EVALUATED = ("accuracy", "accuracy_se", "response_length")
-
-
-def advance(bar, row, result):
-    shown = {"reward": row["reward_mean"], "learnable": row["learnable"]}
-    shown |= {"accuracy": result["accuracy"], "length": row["response_length"]}
-    bar.set_postfix({name: f"{value:.3g}" for name, value in shown.items()}, refresh=False)
-    bar.update()
-
-
-class Log:
-    """metrics.jsonl, a row an iteration; TensorBoard and Weights & Biases, where asked for; and
-    what a row warns of, once each, on stderr."""
-
-    def __init__(self, out, args):
-        self.rows, self.warned = [], set()
-        self.file = (out / "metrics.jsonl").open("a") if rank() == 0 else None
-        self.tensorboard = self.wandb = None
-        if args.tensorboard and rank() == 0:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self.tensorboard = SummaryWriter(out / "tensorboard")
-        if args.wandb and rank() == 0:
-            import wandb
-
-            self.wandb = wandb.init(project="sfl", name=out.name, config=vars(args))
-
-    def __call__(self, row):
-        self.rows = [*self.rows[-9:], row]
-        if self.file is None:
-            return
-        print(json.dumps(row), file=self.file, flush=True)
-        for name, text in alarms(self.rows):
-            if name not in self.warned:
-                self.warned.add(name)
-                tqdm.write(f"iteration {row['iteration']}: {text}", file=sys.stderr)
-        numbers = {name: x for name, x in row.items() if isinstance(x, (int, float))}
-        if self.tensorboard:
-            for name, number in numbers.items():
-                self.tensorboard.add_scalar(name, number, row["iteration"])
-        if self.wandb:
-            self.wandb.log(numbers, step=row["iteration"])
-
-
-def alarms(rows):
-    """(name, what is wrong and what to try) of what the last ten rows show."""
-    row = rows[-1]
-    if row.get("nonfinite_steps"):
-        yield "nan", "a NaN or an infinity, no step was made: lower --lr"
-    if row.get("kl", 0) > 1:
-        yield "kl", f"the KL to the start is {row['kl']:.2f} a token: lower --lr, raise --kl_coef"
-    if row["truncated"] > 0.5:
-        share = f"{row['truncated']:.0%} of the responses run into --max_new_tokens"
-        yield "truncated", f"{share}, which is worth 0: raise it, or --stop TEXT"
-    if len(rows) < 10:
-        return
-    if all(row["learnable"] == 0 for row in rows):
-        what = "nothing to learn: in ten iterations no question was solved by some of its responses"
-        yield "agree", f"{what}; try easier or harder questions, or --curriculum lilo"
-    if len({row["reward_mean"] for row in rows}) == 1:
-        what = f"the mean reward has been {row['reward_mean']:.3g} for ten iterations"
-        yield "reward", f"{what}: look at the responses (eval.py --save_samples), or --last_number"
-    if all(row["entropy"] < 0.01 and row["reward_mean"] < 0.95 for row in rows):
-        yield "entropy", "the entropy has collapsed, all responses are alike: lower --lr"
-
-
-class Stop(Exception):
-    """Ends a run that is saved. code: the exit code."""
-
-    def __init__(self, text, code):
-        super().__init__(text)
-        self.code = code
-
-
-def reason_to_stop(run):
-    """A Stop, or None: somebody asked, or three steps in a row were not finite."""
-    asked = all_sum(torch.tensor(float(len(run.signals.came))))  # all stop at the same iteration
-    if asked:
-        return Stop("interrupted", 128 + (run.signals.came or [signal.SIGTERM])[0])
-    bad = [getattr(model, "bad_steps", 0) for model in (run.policy, run.critic)]
-    if max(bad) >= 3:
-        which = "the policy" if bad[0] >= 3 else "the critic"
-        return Stop(f"three NaN or infinite steps of {which} in a row: lower --lr", 2)
-    return None
-
-
-@contextlib.contextmanager
-def signals_wait():
-    """SIGTERM and Ctrl-C fill `.came` and, where `.wait` says so, let the iteration finish; the
-    second one interrupts at once."""
-    signals = SimpleNamespace(came=[], wait=False)
-
-    def ask(number, frame):
-        signals.came.append(number)
-        if not signals.wait or len(signals.came) > 1:
-            raise KeyboardInterrupt
-        print("\nfinishing this iteration; Ctrl-C again: at once", file=sys.stderr)
-
-    if threading.current_thread() is not threading.main_thread():
-        yield signals  # signals are not this thread's
-        return
-    before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield signals
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def kl_to_start(args, run, rollouts):
-    """k3 a token of a few of the rollouts, when the loss does not need it."""
-    some = rollouts[:: max(1, len(rollouts) // args.kl_sample)]
-    ref = torch.cat(ppo.rollout_logprobs(run.reference, some, run.settings))
-    sampled = torch.tensor([x for rollout in some for x in rollout.logprobs])
-    return float(ppo.kl_k3(ref, sampled).mean())
-
-
-def prepare_update(args, optimizer, iteration):
-    """Linear warm-up; then constant, or (linear) down to 0 behind the last iteration."""
-    if args.offload_optimizer:
-        ENGINES.clear()  # memory is tight: before an update the cache of keys and values goes
-    warm = args.warmup * args.iterations
-    share = min(1.0, (iteration + 1) / max(1, warm))
-    if args.lr_schedule == "linear":
-        share = min(share, (args.iterations - iteration) / max(1, args.iterations - warm))
-    for group, lr in zip(optimizer.param_groups, (args.lr, args.critic_lr)):
-        group["lr"] = lr * share
-
-
-def setup(args):
-    """Everything that an iteration touches, made or loaded: questions, models, optimizer."""
-    out = Path(args.out)
-    evaluation.set_judges(args.judges)
-    evaluation.timeouts.clear()  # the metrics count this run's
-    device = data.pick_device(args.device)
-    if device == "cuda" and many_processes():
-        device = f"cuda:{os.environ['LOCAL_RANK']}"
-    if args.model == "tiny":
-        torch.set_num_threads(min(2, torch.get_num_threads()))  # too small for more
-    half = torch.bfloat16 if uses_bfloat16(args, device) else None
-    fields = {name: getattr(args, f"{name}_field") for name in ("question", "answer", "solution")}
-    load = partial(
-        data.load_questions, args.dataset, data_dir=args.data_dir, fields=fields, bits=args.bits
-    )
-    questions, held_out = load("train"), load("test", limit=args.eval_limit or None)
-    check(args, len(questions))  # before the work of making or loading a model
-    base = args.model
-    if args.model == "tiny":
-        show = rank() == 0
-        how = {"bits": args.bits, "p_cot": args.p_cot, "progress": show}
-        base = sft.tiny_base(args.cache, args.dataset, **how)
-    saved = out / "model"
-    whole = (saved / "config.json").exists()  # which comes last
-    policy, tokenizer = data.load_model(saved if whole else base, device=device)
-    reference = None
-    dtype = reference_dtype(args, half)
-    if dtype is not None:
-        reference, its_tokenizer = data.load_model(base, device=device, dtype=dtype)
-        reference.requires_grad_(False)
-    untagged = tokenizer
-    if args.algo == "rcrl":
-        untagged = copy.deepcopy(its_tokenizer)
-        data.add_tags(policy, tokenizer, args.chat)
-        data.add_tags(reference, its_tokenizer, args.chat)
-    stop_ids = evaluation.stops(policy, tokenizer, args.stop)
-    questions, prompts = fitting(args, tokenizer, policy, questions, "training")
-    held_out, _ = fitting(args, tokenizer, policy, held_out, "held-out")
-    check(args, len(questions))  # some may have been left out
-    check_start(args, policy, tokenizer, questions, prompts)
-    if args.gradient_checkpointing:
-        policy.gradient_checkpointing_enable()
-    critic = ppo.ValueModel(policy) if args.algo == "ppo" else None
-    if args.fsdp:
-        ppo.shard(policy, decoder=half or policy.dtype)
-        if critic is not None:
-            ppo.shard(critic)
-    parameters = [{"params": policy.parameters(), "lr": args.lr}]
-    if critic is not None:
-        parameters.append({"params": critic.parameters(), "lr": args.critic_lr})
-    demonstrations = []
-    if args.solutions:
-        shown = [q for q in questions if q.solution]
-        if not shown:
-            raise ValueError(f"--solutions: {args.dataset} has none; leave the flag out")
-        texts = [q.solution for q in shown]
-        demonstrations = sft.demonstrations(tokenizer, shown, texts, args.chat)
-
-    optimizer = torch.optim.AdamW(parameters, weight_decay=0.0)
-    if args.offload_optimizer:
-        optimizer.register_step_pre_hook(lambda *_: move_state(optimizer, device))
-        optimizer.register_step_post_hook(lambda *_: move_state(optimizer, "cpu"))
-
-    sampling = {name: getattr(args, name) for name in ("max_new_tokens", "temperature", "top_p")}
-    cost = {"engine": args.engine, "slots": args.slots or None, "dtype": half}
-    cost |= {"progress": sys.stderr.isatty() and rank() == 0, "stop_ids": stop_ids}
-    names = ("temperature", "gamma", "lam", "clip", "value_clip", "kl_coef", "epochs", "minibatch")
-    names += ("max_grad_norm", "max_ratio", "tokens_per_microbatch", "loss_average", "fsdp")
-    settings = ppo.Settings(autocast=half, **{name: getattr(args, name) for name in names})
-
-    def evaluate(samples=1, tokenizer=tokenizer):
-        """Greedy on the held-out questions; with samples, at the training temperature."""
-        how = sampling if samples > 1 else {"max_new_tokens": args.max_new_tokens}
-        result = evaluation.evaluate(
-            policy, tokenizer, held_out, samples=samples, chat=args.chat, seed=args.seed,
-            last_number=args.last_number, **cost, **how,
-        )  # fmt: skip
-        return {**result, "responses": result["responses"][:3]}
-
-    one_step = args.epochs == 1 and args.questions * args.rollouts <= args.minibatch
-    return SimpleNamespace(
-        out=out,
-        policy=policy,
-        tokenizer=tokenizer,
-        critic=critic,
-        one_pass=one_step and not args.offload_optimizer,  # there the cache is still in memory
-        reference=reference,
-        optimizer=optimizer,
-        settings=settings,
-        demonstrations=demonstrations,
-        untagged=untagged,
-        sample=Sampler(args, policy, tokenizer, questions, prompts, sampling | cost),
-        evaluate=evaluate,
-        rng=np.random.default_rng(args.seed),
-        state={"groups": [group_of(q, prompt) for q, prompt in zip(questions, prompts)]},
-        size=len(questions),
-        start=0,
-    )
-
-
-def uses_bfloat16(args, device):
-    """Of the matrix products."""
-    return args.dtype == "bfloat16" or (args.dtype == "auto" and device.startswith("cuda"))
-
-
-def reference_dtype(args, half):
-    """Of the frozen reference's weights; None: the run needs none. Nobody trains it: half the bytes
-    do, unless a round of imitation starts from them."""
-    if args.algo in sft.IMITATORS:
-        return "float32"
-    if args.kl_coef == 0 and args.kl_sample == 0:
-        return None
-    return "bfloat16" if half else "float32"
-
-
-def move_state(optimizer, device):
-    """Adam's moments, to where they are needed or to where they wait."""
-    for state in optimizer.state.values():
-        for name, tensor in state.items():
-            if tensor.dim() > 0:  # not the step's number, which Adam wants on the CPU
-                state[name] = tensor.to(device)
-
-
-def fitting(args, tokenizer, policy, questions, which):
-    """(questions, prompts). One that does not fit the context: ValueError, or with --skip_long it
-    is left out."""
-    limit = min(
-        args.context, getattr(policy.config, "max_position_embeddings", None) or args.context
-    )
-    prompts = data.encode_prompts(tokenizer, questions, chat=args.chat)
-    long = {i for i, prompt in enumerate(prompts) if len(prompt) + args.max_new_tokens > limit}
-    if long and not args.skip_long:
-        first = min(long)
-        raise ValueError(
-            f"{which} question {first} is {len(prompts[first])} tokens: with --max_new_tokens "
-            f"{args.max_new_tokens} it passes the context of {limit} ({len(long)} of "
-            f"{len(prompts)} do): lower --max_new_tokens, raise --context if the model allows it, "
-            "or pass --skip_long"
-        )
-    keep = [i for i in range(len(prompts)) if i not in long]
-    if not keep:
-        raise ValueError(
-            f"no {which} question fits the context of {limit} with --max_new_tokens "
-            f"{args.max_new_tokens}: lower it"
-        )
-    if long:
-        left_out = f"left out {len(long)} of {len(prompts)} {which} questions"
-        print(f"{left_out}, too long for {limit} tokens", file=sys.stderr)
-    return [questions[i] for i in keep], [prompts[i] for i in keep]
-
-
-# --------------------------------------------------------------------------- checkpoints
-# model/ is what from_pretrained loads; state/ is what an exact resume needs besides
-
-
-def start_or_resume(run, args):
-    """Prepare the run's folder, or load its checkpoint; a run that was stopped before its first one
-    starts anew. Returns the evaluation before training."""
-    if rank() == 0:
-        run.out.mkdir(parents=True, exist_ok=True)
-    write(run.out / "config.json", json.dumps(vars(args), indent=1) + "\n")
-    if (run.out / "state" / "training.pt").exists():
-        load_state(run)
-    if run.start == 0:
-        how = {"tokenizer": run.untagged}  # rcrl: the tags are not learned yet
-        before = {"greedy": run.evaluate(**how), "sampled": run.evaluate(samples=8, **how)}
-        write(run.out / "evaluation.json", json.dumps({"before": before}))
-        save(run, 0)
-        return before
-    return json.loads((run.out / "evaluation.json").read_text())["before"]
-
-
-def write(path, text):
-    """The file is the old one or the new one, whatever interrupts this."""
-    if rank() == 0:
-        path.with_suffix(".tmp").write_text(text)
-        data.put_in_place(path.with_suffix(".tmp"), path)
-
-
-def save(run, iteration):
-    """state/training.pt holds everything a resume needs, the weights that belong to it too: one
-    file, renamed over the old one, so that an interrupted save leaves the previous checkpoint."""
-    folder = run.out / "state"
-    rng = run.rng.bit_generator.state
-    loop = {"iteration": iteration, "rng": rng, "curriculum": run.state}
-    state = {
-        "loop": json.dumps(loop),
-        "policy": ppo.put_together(run.policy.state_dict()),
-        "critic": run.critic and ppo.put_together(run.critic.state_dict()),
-        "optimizer": ppo.put_together(run.optimizer.state_dict()),
-    }
-    if rank() == 0:
-        folder.mkdir(exist_ok=True)
-        data.save_state(state, folder / "training.pt")
-        data.save_model(run.policy, run.tokenizer, run.out / "model", state["policy"])
-
-
-def load_state(run):
-    """The inverse of `save`; and it forgets the metrics logged after it."""
-    path = run.out / "state" / "training.pt"
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        loop = json.loads(state["loop"])
-        ppo.take_apart(state["policy"], dict(run.policy.named_parameters()))
-        run.policy.load_state_dict(state["policy"])
-        if run.critic is not None:
-            ppo.take_apart(state["critic"], dict(run.critic.named_parameters()))
-            run.critic.load_state_dict(state["critic"])
-        groups = run.optimizer.param_groups
-        parameters = [parameter for group in groups for parameter in group["params"]]
-        for number, moments in state["optimizer"]["state"].items():
-            ppo.take_apart(moments, dict.fromkeys(moments, parameters[number]))
-        run.optimizer.load_state_dict(state["optimizer"])
-    except Exception as error:  # cut off, another program's, another model's
-        raise ValueError(
-            f"--resume {run.out}: no usable {path} ({data.first_line(error)}): start anew with "
-            "--out"
-        ) from error
-    run.rng.bit_generator.state = loop["rng"]
-    run.state.update(loop["curriculum"])
-    run.start = loop["iteration"]
-    metrics = run.out / "metrics.jsonl"
-    rows = metrics.read_text().splitlines(keepends=True) if metrics.exists() else []
-    write(metrics, "".join(rows[: run.start]))
-
-
-# --------------------------------------------------------------------------- several processes
-# torchrun --nproc_per_node=2 sfl.py ...: see rollout.py
-
-
-@contextlib.contextmanager
-def several_processes():
-    """Under torchrun, the process group; else nothing."""
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
-        yield
-        return
-    cuda = torch.cuda.is_available()
-    if cuda:
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
-
-
-def from_first_process(objects):
-    if many_processes():
-        dist.broadcast_object_list(objects)
-    return objects
-
-
-# --------------------------------------------------------------------------- will it fit?
-
-
-def memory(args, model, half):
-    """{owner: bytes} in a process at the peak, which is in the update. model: may lie on the meta
-    device; half: are matrix products in bfloat16? Activations are those of a Llama-like layer."""
-    config = model.config.get_text_config()
-    layers, hidden = config.num_hidden_layers, config.hidden_size
-    heads = config.num_attention_heads
-    kv_heads = getattr(config, "num_key_value_heads", None) or heads
-    kv = kv_heads * (getattr(config, "head_dim", None) or hidden // heads)
-    inner = getattr(config, "intermediate_size", None) or 4 * hidden
-    policy = 4 * sum(p.numel() for p in model.parameters())
-    critic = 4 * sum(p.numel() for p in model.base_model.parameters()) * (args.algo == "ppo")
-    columns = -(-min(args.context, PROMPT + args.max_new_tokens) // 64) * 64
-    width = 2 if half else 4
-    slots = args.slots or min(512 if half else 256, args.questions * args.rollouts)
-    # what a layer keeps for the backward pass, a token
-    kept = 4 * (9 * hidden + 4 * inner + 1.5 * kv) * (0.6 if half else 1)
-    tokens = args.tokens_per_microbatch
-    activations = tokens * layers * kept
-    if args.gradient_checkpointing:
-        activations = tokens * (layers * 4 * hidden + kept)
-    cache = slots * (columns * 2 * layers * kv * width + 16 * config.vocab_size)
-    reference = {None: 0, "bfloat16": policy / 2, "float32": policy}
-    logits = 8 * min(tokens * config.vocab_size, 2**25)  # a chunk and its softmax
-    decoder = policy / 2 if half else policy * args.fsdp  # a copy of the weights
-    parts = dist.get_world_size() if args.fsdp and many_processes() else 1
-    # --fsdp: embedding and head stay gathered for a pass, weights and gradient; and two layers
-    tables = 4 * 2 * config.vocab_size * hidden
-    gathered = (2 * tables + 2 * (policy - tables) / layers) * args.fsdp
-    owners = {
-        "policy": policy / parts + decoder,
-        "critic": critic / parts,
-        "reference": reference[reference_dtype(args, half)],
-        "optimizer": 2 * (policy + critic) / parts,
-        "gradients": max(policy, critic) / parts + gathered,
-        "cache": 0 if args.offload_optimizer else cache,  # then it is freed before the update
-        "activations": activations + logits,
-    }
-    if args.offload_optimizer:  # then these are never on the device together
-        owners[min("optimizer", "activations", key=owners.get)] = 0
-    return owners
-
-
-PROMPT = 256  # tokens of a question, taken to be the longest
-LESS = "--gradient_checkpointing, --offload_optimizer, --fsdp, --tokens_per_microbatch, --slots"
-
-
-def dry_run(args):
-    """What a run would take, from the model's configuration alone. A table as text."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    from rollout import free_memory
-
-    device = data.pick_device(args.device)
-    half = uses_bfloat16(args, device)
-    if args.model == "tiny":
-        model = sft.tiny_model(sft.tiny_tokenizer(args.dataset), 0)
-    else:
-        try:
-            config = AutoConfig.from_pretrained(args.model)
-        except Exception as error:
-            reason = data.first_line(error)
-            raise ValueError(f"cannot read the config of {args.model!r}: {reason}") from error
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
-    owners = memory(args, model, half)
-    parameters = sum(p.numel() for p in model.parameters())
-    lines = [f"{args.model}: {parameters / 1e6:,.1f} million parameters, {args.algo} on {device}"]
-    for owner, size in [*owners.items(), ("together", sum(owners.values()))]:
-        lines.append(f"{owner:<12}{size / 2**30:9.2f} GiB")
-    free = free_memory(device)
-    if free < math.inf:
-        fits = "it fits" if sum(owners.values()) < free else f"it does not fit: try {LESS}"
-        lines.append(f"{'free':<12}{free / 2**30:9.2f} GiB: {fits}")
-    if args.algo == "ppo":
-        lines.append("--algo vineppo or grpo needs no critic")
-    return "\n".join(lines)
-
-
 # --------------------------------------------------------------------------- settings
 
-# See data.read_settings. Behind the comma: the papers' on GSM8K (arXiv 2502.12272, 2410.01679).
+# See machine.read_settings. Behind the comma: the papers' on GSM8K (arXiv 2502.12272, 2410.01679).
 SETTINGS = """
 algo             ppo            ppo|vineppo|grpo|rloo|expert|rcrl what a reward is turned into
 curriculum       posterior,sfl  uniform|sfl|lilo|dapo|posterior how questions are chosen
@@ -1001,152 +472,41 @@ IMITATION = {
         f"{ROUNDS_OTHER} --iterations 8",
     ),
 }
-# What --resume may change.
-CHANGEABLE = ("iterations", "device", "tokens_per_microbatch", "slots", "eval_every", "save_every")
-CHANGEABLE += ("gradient_checkpointing", "offload_optimizer", "fsdp", "data_dir", "cache", "judges")
 
 
 def parse(argv=None):
     """The settings: flags that were not given have the data set's default or, on --resume, the
     run's own."""
-    flags = data.parse_flags(SETTINGS, "RL on the questions a model can almost answer.", argv)
-    if "resume" in flags:
-        return resumed(flags)
+    flags = machine.parse_flags(SETTINGS, "RL on the questions a model can almost answer.", argv)
+    args = job.resumed(flags) if "resume" in flags else anew(flags)
+    machine.check_settings(SETTINGS, args)
+    job.check(args)
+    if "resume" not in flags:
+        args.out = job.new_folder(args)
+    return args
+
+
+def anew(flags):
     if "preset" in flags:
         if flags["preset"] not in PRESETS:
             raise ValueError(f"--preset {flags['preset']}: choose from {', '.join(PRESETS)}")
         preset = PRESETS[flags["preset"]].split()
-        flags = data.parse_flags(SETTINGS, "", preset) | flags  # what is given has the last word
+        flags = machine.parse_flags(SETTINGS, "", preset) | flags  # what is given has the last word
     other = flags.get("dataset", "arithmetic") not in data.MADE_HERE
     usual = IMITATION.get(flags.get("algo"), ("", ""))[other].split()
-    flags = data.parse_flags(SETTINGS, "", usual) | flags
-    defaults = {name: row[other] for name, row in data.read_settings(SETTINGS).items()}
-    args = SimpleNamespace(**defaults | flags)
-    check(args)
-    name = f"runs/{Path(args.dataset).stem}-{args.algo}-{args.curriculum}"
-    if args.out is None:  # a new folder each time: nothing is overwritten
-        names = (f"{name}-{i}" for i in itertools.count(1))
-        args.out = next(name for name in names if not Path(name).exists())
-    out = Path(args.out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(
-            f"--out {out} holds something already: go on with that run by --resume {out}, or give "
-            "another --out"
-        )
-    return args
-
-
-def resumed(flags):
-    out = Path(flags["resume"])
-    try:
-        saved = json.loads((out / "config.json").read_text())
-    except (OSError, ValueError) as error:
-        raise ValueError(f"--resume {out}: no run there ({data.first_line(error)})") from error
-    for name in flags.keys() - {"resume", *CHANGEABLE}:
-        if saved.get(name) != flags[name]:
-            raise ValueError(
-                f"--{name} {flags[name]} cannot change on --resume (the run has "
-                f"{saved.get(name)}): leave it out, or start a new run with --out; these can: "
-                f"{', '.join(sorted(CHANGEABLE))}"
-            )
-    saved["fsdp"] = saved.get("fsdp", False) and many_processes()
-    args = SimpleNamespace(**saved | flags | {"out": str(out)})
-    check(args)
-    return args
-
-
-def check(args, size=None):
-    """ValueError: settings that do not make sense, by themselves, together, or (once the questions
-    are loaded) with `size` questions."""
-    data.check_settings(SETTINGS, args)
-    if args.temperature == 0 or args.top_p == 0:
-        raise ValueError("--temperature and --top_p must be above 0: training samples differ")
-    compares = args.algo in ("grpo", "rloo") or args.curriculum in ("lilo", "dapo", "posterior")
-    if compares and args.rollouts < 2:
-        raise ValueError(
-            f"--rollouts {args.rollouts}: {args.algo} with {args.curriculum} compares responses to "
-            "one question: give at least 2"
-        )
-    if args.model == "tiny":
-        sft.check_tiny(args)
-    if args.fsdp and (args.offload_optimizer or args.algo in sft.IMITATORS):
-        other = "--offload_optimizer" if args.offload_optimizer else f"--algo {args.algo}"
-        raise ValueError(f"--fsdp does not go with {other}: leave one of them out")
-    if args.fsdp and not (many_processes() or args.dry_run):
-        raise ValueError("--fsdp is for several processes: torchrun --nproc_per_node=2 sfl.py ...")
-    for package in ("tensorboard", "wandb"):
-        if getattr(args, package) and find_spec(package) is None:
-            raise ValueError(f"--{package} needs a package: pip install {package}")
-    sizes = {"questions": args.questions}
-    chosen = round(args.rho * args.questions)
-    at_most = []  # (flag, its value, what it may not pass, that one's value, which to change)
-    if args.curriculum == "sfl":
-        sizes["candidates"] = args.candidates
-        at_most = [("buffer_size", args.buffer_size, "--candidates", args.candidates, "lower it")]
-        raise_it = "raise --buffer_size"
-        at_most += [("rho times --questions", chosen, "--buffer_size", args.buffer_size, raise_it)]
-    if args.curriculum in ("lilo", "dapo"):
-        sizes["max_candidates"] = args.max_candidates
-        raise_it = "raise --max_candidates"
-        at_most = [("questions", args.questions, "--max_candidates", args.max_candidates, raise_it)]
-    if size is not None:
-        what = f"the questions of {args.dataset},"
-        at_most += [(name, value, what, size, "lower it") for name, value in sizes.items()]
-    for name, value, what, limit, way_out in at_most:
-        if value > limit:
-            raise ValueError(f"--{name} {value} is more than {what} {limit}: {way_out}")
-
-
-def check_start(args, policy, tokenizer, questions, prompts, count=16):
-    """ValueError, or a line on stderr, for what would train quietly on nonsense."""
-    rows = len(policy.get_input_embeddings().weight)
-    if len(tokenizer) > rows:
-        raise ValueError(
-            f"--model {args.model}: its tokenizer has {len(tokenizer)} tokens, its embedding "
-            f"{rows} rows: they are not of one model"
-        )
-    if len(set(map(tuple, prompts))) == 1 < len({question.prompt for question in questions}):
-        raise ValueError(
-            "all prompts are alike: the chat template leaves the question out: give --chat off"
-        )
-    some = questions[:: max(1, len(questions) // count)]
-    refused = [q for q in some if evaluation.grade(f"\\boxed{{{q.answer}}}", q) == 0]
-    if len(refused) == len(some):
-        answer = refused[0].answer[:40]
-        raise ValueError(
-            f"no grader accepts the gold answers of {args.dataset} (such as {answer!r}), not even "
-            "themselves: give --answer_field the field with the bare answer"
-        )
-    if rank() > 0:
-        return
-    if refused:
-        share = f"{len(refused)} of {len(some)} gold answers looked at"
-        print(f"{share} are not accepted by their own grader", file=sys.stderr)
-    if tokenizer.chat_template and args.chat == "off" and args.algo != "rcrl":
-        print("--chat off: this model has a chat template, and is prompted raw", file=sys.stderr)
-
-
-def summary(out, before, after):
-    """What the command prints in the end."""
-    lines = ["", evaluation.table({"before": before["greedy"], "after": after["greedy"]})]
-    responses = before["greedy"]["responses"], after["greedy"]["responses"]
-    for pair in zip(*responses):
-        lines += ["", f"question: {pair[0]['question'].strip()}   (answer: {pair[0]['answer']})"]
-        for when, example in zip(("before", "after"), pair):
-            lines.append(f"  {when}, reward {example['reward']:.0f}")
-            lines += [f"    {line}" for line in example["response"].splitlines()]
-    lines += ["", f"model    {out / 'model'}", f"metrics  {out / 'metrics.jsonl'}"]
-    return "\n".join([*lines, f"look at  python eval.py --plot {out}"])
+    flags = machine.parse_flags(SETTINGS, "", usual) | flags
+    defaults = {name: row[other] for name, row in machine.read_settings(SETTINGS).items()}
+    return SimpleNamespace(**defaults | flags)
 
 
 def main(argv=None):
-    with several_processes(), signals_wait() as signals:
-        [args] = from_first_process([parse(argv) if rank() == 0 else None])
+    with machine.several_processes(), machine.signals_wait() as signals:
+        [args] = machine.from_first_process([parse(argv) if rank() == 0 else None])
         if args.dry_run:
-            return rank() or print(dry_run(args))
+            return rank() or print(job.dry_run(args))
         try:
             before, after = train(args, signals)
-        except (KeyboardInterrupt, Stop) as end:
+        except (KeyboardInterrupt, machine.Stop) as end:
             started = Path(args.out, "config.json").exists()
             way_out = f"go on from the last checkpoint with --resume {args.out}"
             what = str(end) or "interrupted"
@@ -1154,8 +514,8 @@ def main(argv=None):
                 print(f"\n{what}: {way_out if started else 'nothing saved'}", file=sys.stderr)
             sys.exit(getattr(end, "code", 130))
         if rank() == 0:
-            print(summary(Path(args.out), before, after))
+            print(report.summary(Path(args.out), before, after))
 
 
 if __name__ == "__main__":
-    data.command_line(main)
+    machine.command_line(main)

@@ -35,9 +35,6 @@ a line takes one term or several, and one that takes several is wrong (data.solv
 Each line is a decision. It knows all single steps by heart, and the chance that it takes no other
 falls with every line: two-step chains are solved half of the time, eight-step chains hardly ever.
 There is a frontier, and it moves: what is learned on two steps makes three steps learnable.
-
-    1. demonstrations that take mostly one term a line, until the steps are known;
-    2. a shorter stage in hurry, which is where RL starts.
 """
 
 import hashlib
@@ -53,8 +50,10 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import data
+import machine
 import ppo
-from rollout import Rollout, all_sum, progress_bar, rank
+from machine import all_sum, progress_bar, rank
+from rollout import Rollout
 
 
 def train(
@@ -191,10 +190,7 @@ def hurried(chains, hurry):
 def long_or_short(questions, p_cot):
     """Parity's demonstrations: the long solution with probability p_cot, else the answer alone."""
     haste = random.Random(TINY_PARITY["seed"])
-    long = [haste.random() < p_cot for _ in questions]
-    return [
-        q.solution if is_long else data.short_solution(q) for q, is_long in zip(questions, long)
-    ]
+    return [q.solution if haste.random() < p_cot else data.short_solution(q) for q in questions]
 
 
 def draw_batch(examples, size, rng):
@@ -236,7 +232,7 @@ def tiny_base(cache, dataset="arithmetic", *, bits=data.BITS, p_cot=0.25, progre
 def save_result(model, tokenizer, folder):
     """The trained model; what was kept of its training goes."""
     if rank() == 0:
-        data.save_model(model, tokenizer, folder)
+        machine.save_model(model, tokenizer, folder)
         for kept in folder.parent.glob(f"{folder.name}.stage*"):
             kept.unlink()
     all_sum(torch.zeros(1))  # the other processes wait for it
@@ -290,7 +286,7 @@ def tiny_model(tokenizer, seed):
 def save_kept(keep, model, optimizer, losses):
     if rank() == 0:
         state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-        data.save_state({**state, "losses": losses}, Path(keep))
+        machine.save_state({**state, "losses": losses}, Path(keep))
 
 
 def load_kept(keep, model, optimizer):
@@ -303,11 +299,11 @@ def load_kept(keep, model, optimizer):
         optimizer.load_state_dict(state["optimizer"])
         return state["losses"]
     except Exception as error:  # cut off, or of another model
-        reason = data.first_line(error)
+        reason = machine.first_line(error)
         raise ValueError(f"cannot go on from {keep} ({reason}): delete it to start anew") from error
 
 
-# See data.read_settings.
+# See machine.read_settings.
 SETTINGS = """
 dataset          arithmetic     -     a data set's names, or a file's or folder's path
 bits             24             2..60 parity: bits of a question
@@ -328,10 +324,10 @@ cache            runs/cache     -     where the tiny model is kept
 
 
 def main(argv=None):
-    settings = {name: row[0] for name, row in data.read_settings(SETTINGS).items()}
-    flags = data.parse_flags(SETTINGS, "Supervised fine-tuning on a data set's solutions.", argv)
+    settings = {name: row[0] for name, row in machine.read_settings(SETTINGS).items()}
+    flags = machine.parse_flags(SETTINGS, "Supervised fine-tuning on a data set's solutions.", argv)
     args = SimpleNamespace(**settings | flags)
-    data.check_settings(SETTINGS, args)
+    machine.check_settings(SETTINGS, args)
     if args.model == "tiny":
         check_tiny(args)
         folder = tiny_base(args.cache, args.dataset, bits=args.bits, p_cot=args.p_cot)
@@ -345,7 +341,7 @@ def main(argv=None):
     questions = [q for q in questions if q.solution]
     if not questions:
         raise ValueError(f"{args.dataset} has no solutions to learn from: no field solution")
-    model, tokenizer = data.load_model(args.model, device=args.device)
+    model, tokenizer = machine.load_model(args.model, device=args.device)
     data.stop_ids(model, tokenizer)
     examples = demonstrations(tokenizer, questions, [q.solution for q in questions], args.chat)
     draw = epochs_of(examples, args.batch, np.random.default_rng(args.seed))
@@ -364,11 +360,9 @@ def main(argv=None):
 
 def check_tiny(args):
     if args.dataset not in data.MADE_HERE:
-        raise ValueError(
-            f"--model tiny knows only arithmetic and parity, not {args.dataset!r}: give --model a "
-            "hub id or a folder"
-        )
+        limit = f"knows only arithmetic and parity, not {args.dataset!r}"
+        raise ValueError(f"--model tiny {limit}: give --model a hub id or a folder")
 
 
 if __name__ == "__main__":
-    data.command_line(main)
+    machine.command_line(main)

@@ -38,6 +38,7 @@ import torch
 
 import eval as evaluation
 import rollout
+from machine import seed_of
 
 
 def mc_advantages(model, tokenizer, questions, rollouts, rewards, **settings):
@@ -65,8 +66,8 @@ def step_advantages(values, reward):
 
 
 def mc_values(
-    model, tokenizer, questions, rollouts, rewards, *, mc_rollouts=9, max_steps=25, spend="all",
-    style="lines", max_new_tokens=256, seed=None, stats=None, **settings,
+    model, tokenizer, questions, rollouts, rewards, *, mc_rollouts=9, max_steps=None, spend="all",
+    style="auto", max_new_tokens=256, seed=None, stats=None, **settings,
 ):  # fmt: skip
     """V at the start of each step of each response: the mean reward of `mc_rollouts` (the paper's
     K) fresh rollouts.
@@ -79,9 +80,10 @@ def mc_values(
 
     Equal states (same question, same token prefix) are estimated once: the question itself for all
     its responses. V is estimated at the question and at the ends of a response's first `max_steps`
-    steps. The other values are filled from the end, as in the authors' code: with V(terminal) = 0
-    and no reward before the last step, V(s_i) = r_i + V(s_{i+1}) is the reward. So those steps get
-    advantage 0, and the last one with an estimate answers for all that follows.
+    steps (None: 25, or 20 of "math"). The other values are filled from the end, as in the authors'
+    code: with V(terminal) = 0 and no reward before the last step, V(s_i) = r_i + V(s_{i+1}) is the
+    reward. So those steps get advantage 0, and the last one with an estimate answers for all that
+    follows.
 
     spend: "all", the paper's, estimates each of these states. "bisect" saves rollouts where values
     do not change (divide and conquer, as arXiv 2406.06592 does to label steps): first the ends,
@@ -91,6 +93,10 @@ def mc_values(
     Returns starts, values: lists, one entry a rollout, question by question: token indices and
     floats, one a step. stats: a dict added to: the engine's counts and mc_steps, mc_filled (steps
     without an estimate), mc_states, mc_rollouts."""
+    if style == "auto":
+        style = "math" if questions and questions[0].kind == "math" else "lines"
+    if max_steps is None:
+        max_steps = 20 if style == "math" else 25  # the authors'
     check_mc(questions, rollouts, rewards, mc_rollouts, max_steps)
     # 1. the distinct states: starts of steps that differ in question or token prefix
     starts = []  # of each response: token indices
@@ -167,7 +173,7 @@ def state_rewards(
             f"max_new_tokens={max_new_tokens} must be the limit that the response was sampled with"
         )
     if seed is not None:  # random numbers belong to (seed, request): else the responses' own again
-        seed = rollout.seed_of(seed, 2410_01679, call)
+        seed = seed_of(seed, 2410_01679, call)
     prefixes = [r.prompt + r.response[:start] for _, r, start in states]
     left = [max_new_tokens - start for _, _, start in states]
     groups = rollout.generate(
@@ -325,7 +331,6 @@ def check_mc(questions, rollouts, rewards, mc_rollouts, max_steps):
         raise ValueError(f"mc_rollouts={mc_rollouts} and max_steps={max_steps} must be at least 1")
     sizes = [len(group) for group in rollouts]
     if len(questions) != len(rollouts) or sizes != [len(row) for row in rewards]:
-        raise ValueError(
-            f"{len(questions)} questions, {len(rollouts)} groups of rollouts, {len(rewards)} of "
-            "rewards: need one of each for a question, and a reward for each rollout"
-        )
+        groups = f"{len(rollouts)} groups of rollouts, {len(rewards)} of rewards"
+        need = "need one of each for a question, and a reward for each rollout"
+        raise ValueError(f"{len(questions)} questions, {groups}: {need}")

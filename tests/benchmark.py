@@ -450,7 +450,8 @@ def measure_run(args):
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    import data
+    import job
+    import machine
     import sfl
     import sft
 
@@ -461,23 +462,25 @@ def measure_run(args):
             num_hidden_layers=args.layers, num_attention_heads=8, num_key_value_heads=2,
             max_position_embeddings=1024, eos_token_id=1, pad_token_id=0,
         )  # fmt: skip
-        data.save_model(LlamaForCausalLM(config), tokenizer, Path(folder, "model"))
+        machine.save_model(LlamaForCausalLM(config), tokenizer, Path(folder, "model"))
         flags = ["--model", str(Path(folder, "model")), *args.measure.split()]
         flags += "--curriculum uniform --iterations 2 --questions 4 --rollouts 4".split()
         flags += ["--out", f"{folder}/run", "--device", "cpu", "--eval_limit", "1"]
         flags += "--max_new_tokens 256 --context 512 --tokens_per_microbatch 4096".split()
-        said = sum(sfl.memory(sfl.parse(flags), LlamaForCausalLM(config), False).values())
+        settings = sfl.parse(flags)
+        reference = job.reference_dtype(settings, None)
+        said = machine.memory(settings, LlamaForCausalLM(config), False, reference)
         torch.zeros(1)
         status = Path("/proc/self/status").read_text()
         before = 1024 * int(status.split("VmRSS:")[1].split()[0])
         peak_memory(torch.device("cpu"), reset=True)
-        sfl.save = lambda run, iteration: None  # a checkpoint on its way is no part of it
+        job.save = lambda run, iteration: None  # a checkpoint on its way is no part of it
         rng = np.random.default_rng(0)  # an untrained model is never right, and nothing to learn
-        sfl.Sampler.grade = lambda self, tokenizer, questions, groups: rng.integers(
+        job.evaluation.rewards = lambda tokenizer, questions, groups, **_: rng.integers(
             0, 2, (len(groups), len(groups[0]))
         ).astype(np.float32)
-        sfl.train(sfl.parse(flags))
-        return said, peak_memory(torch.device("cpu")) - before
+        sfl.train(settings)
+        return sum(said.values()), peak_memory(torch.device("cpu")) - before
 
 
 # --------------------------------------------------------------------------- the command line
@@ -536,6 +539,6 @@ def main(argv=None):
 
 if __name__ == "__main__":
     args = parse()  # first: --help need not wait for the imports
-    import data
+    import machine
 
-    data.command_line(lambda: args.run(args))
+    machine.command_line(lambda: args.run(args))

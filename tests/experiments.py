@@ -95,7 +95,7 @@ def map_of_shares(args, goal=0.8):
     """Iterations and tokens to the goal against the learnable share of the pool."""
     from matplotlib.figure import Figure
 
-    from eval import COLORS
+    from report import COLORS
 
     arms = ("uniform", "sfl", "posterior")
     folders, jobs = {}, {}
@@ -172,7 +172,7 @@ def without_levels(*args, **settings):
     return questions
 if {hide}:
     data.load_questions = without_levels
-data.command_line(sfl.main)
+machine.command_line(sfl.main)
 """
 
 
@@ -217,10 +217,10 @@ def execute(jobs, workers):
 
 def curve(folder):
     """Evaluations of a run, the starting model's first: arrays of what was spent, and accuracy."""
-    import eval as evaluation
+    import report
 
     before = json.loads((folder / "evaluation.json").read_text())["before"]["greedy"]["accuracy"]
-    rows = evaluation.read_run(folder)
+    rows = report.read_run(folder)
     evaluated = [row for row in rows if row.get("eval_accuracy") is not None]
     samples = 0  # responses, those that only served to choose included
     for row in rows:
@@ -295,7 +295,7 @@ def draw_curves(title, runs, goal, out):
     """Accuracy against iterations and tokens: mean and range of the seeds."""
     from matplotlib.figure import Figure  # not pyplot: it needs no screen
 
-    from eval import COLORS
+    from report import COLORS
 
     figure = Figure(figsize=(10, 3.8))
     axes = figure.subplots(1, 2, sharey=True)
@@ -339,7 +339,7 @@ COSTS = {
 
 def cost(args, repeats=3):
     """Seconds and tokens of an iteration from one checkpoint, on one thread, in turns."""
-    import eval as evaluation
+    import report
 
     model = checkpoint(args)
     common = f"--curriculum uniform --iterations 6 --eval_limit 32 --lr 0 --model {model}".split()
@@ -348,8 +348,8 @@ def cost(args, repeats=3):
         for name, flags in COSTS.items():
             folder = Path(args.runs, f"cost-{name.replace(' --', '-')}-{repeat}")
             execute({folder: [*common, *flags.split(), *args.flags, "--seed", str(repeat)]}, 1)
-            rows[name] = evaluation.read_run(folder)[1:]  # the first iteration warms up
-            took = [sum(row[key] for key in evaluation.SECONDS) for row in rows[name]]
+            rows[name] = report.read_run(folder)[1:]  # the first iteration warms up
+            took = [sum(row[key] for key in report.SECONDS) for row in rows[name]]
             seconds[name].append(np.mean(took))
     columns = ["an iteration of", "time, ppo = 1: min / median / max", "tokens generated"]
     columns += ["of them for credit"]
@@ -384,10 +384,11 @@ def spend(args, questions=14, k=9, truth=256):
     absolute error, bias (its mean over the steps that the true ones call good, and bad)."""
     import data
     import eval as evaluation
+    import machine
     import vineppo
     from rollout import generate
 
-    model, tokenizer = data.load_model(checkpoint(args))
+    model, tokenizer = machine.load_model(checkpoint(args))
     levels = dict.fromkeys(data.STEPS_WANTED, 1.0)
     asked = data.arithmetic(questions, 5, levels)
     prompts, stops = data.encode_prompts(tokenizer, asked), data.stop_ids(model, tokenizer)
@@ -427,7 +428,8 @@ def gradients(args, questions=8, n=8, repeats=16, truth=4096):
     from matplotlib.figure import Figure
 
     import data
-    import eval as evaluation
+    import machine
+    import report
     import sft
 
     sft.tiny_base("runs/cache")
@@ -441,7 +443,7 @@ def gradients(args, questions=8, n=8, repeats=16, truth=4096):
     for ax, (count, run) in zip(axes, runs.items()):
         kept = run / "gradients.json"  # measured once
         if not kept.exists():
-            policy, tokenizer = data.load_model(run)
+            policy, tokenizer = machine.load_model(run)
             critic = load_critic(run, policy)
             measured = []
             for levels in ((2, 3), (4, 5), (7, 8)):
@@ -463,7 +465,7 @@ def gradients(args, questions=8, n=8, repeats=16, truth=4096):
                 cells = [method, f"{row['cosine']:.2f} ± {row['sd']:.2f}", noise]
                 print(f"| {' | '.join(cells)} | {row['spent']:.0f} |", flush=True)
                 points.setdefault(method, []).append((success, row["cosine"]))
-        for color, (method, pairs) in zip(evaluation.COLORS, points.items()):
+        for color, (method, pairs) in zip(report.COLORS, points.items()):
             ax.plot(*zip(*pairs), "o-", color=color, label=method, markersize=4, linewidth=1.2)
         ax.set(xlabel="success on the questions", xscale="log")
         ax.minorticks_off()
@@ -610,18 +612,19 @@ def sft_goes_on(args, seed, steps=200):
     from functools import partial
 
     import data
+    import machine
     import sft
 
     folder = Path(args.runs, f"sft-seed{seed}")
     if not folder.exists():
-        model, tokenizer = data.load_model(sft.tiny_base("runs/cache"))
+        model, tokenizer = machine.load_model(sft.tiny_base("runs/cache"))
         chains = sft.demonstrated_chains(random.Random(seed))
         texts = sft.hurried(chains, sft.TINY["stages"][-1][-1])
         questions = [data.worked(chain) for chain in chains]
         examples = sft.demonstrations(tokenizer, questions, texts)
         draw = partial(sft.draw_batch, examples, 96, np.random.default_rng(seed))
         sft.train(model, draw, steps=steps, lr=1e-3)
-        data.save_model(model, tokenizer, folder)
+        machine.save_model(model, tokenizer, folder)
     return folder
 
 
@@ -630,10 +633,11 @@ def passes(run, k, limit):
     Kept beside the model."""
     import data
     import eval as evaluation
+    import machine
 
     kept = Path(run, f"passes{k}.json")
     if not kept.exists():
-        model, tokenizer = data.load_model(run)
+        model, tokenizer = machine.load_model(run)
         questions = data.load_questions("arithmetic", "test", limit=limit)
         greedy = evaluation.evaluate(model, tokenizer, questions, max_new_tokens=96)
         sampled = evaluation.evaluate(
@@ -648,7 +652,7 @@ def draw_learners(results, runs, k, out):
     """pass@k curves of the final models, and accuracy against samples."""
     from matplotlib.figure import Figure
 
-    from eval import COLORS
+    from report import COLORS
 
     figure = Figure(figsize=(10, 3.8))
     axes = figure.subplots(1, 2)
@@ -685,7 +689,7 @@ def parity(args, iterations=60):
     """RL after next-token prediction (arXiv 2510.11495): accuracy and length as RL goes on."""
     from matplotlib.figure import Figure
 
-    from eval import COLORS, read_run
+    from report import COLORS, read_run
 
     folders, jobs = {}, {}
     for share, seed in itertools.product(P_COTS, range(args.seeds)):
@@ -778,11 +782,12 @@ def improvements(model, questions=72, rollouts=384, lr=0.0003, seed=0):
 
     import data
     import eval as evaluation
+    import machine
     import ppo
     import sfl
     from rollout import generate
 
-    policy, tokenizer = data.load_model(model)
+    policy, tokenizer = machine.load_model(model)
     pool = data.load_questions("arithmetic", "train", limit=600, seed=seed)
     prompts, stops = data.encode_prompts(tokenizer, pool), data.stop_ids(policy, tokenizer)
     settings = ppo.Settings(tokens_per_microbatch=4096)
@@ -846,6 +851,7 @@ OF_THE_RUN = {
 def values(args):
     """Monte Carlo values and the critic's against true ones, in states of a run's policy."""
     import data
+    import machine
 
     check_values(args)
     run = Path(args.model)
@@ -859,7 +865,7 @@ def values(args):
     questions = data.load_questions(args.dataset, args.split, data_dir=args.data_dir)
     shuffled = np.random.default_rng(args.seed).permutation(len(questions))
     questions = [questions[i] for i in shuffled[: 4 * args.states]]
-    model, tokenizer = data.load_model(args.model, device=args.device)
+    model, tokenizer = machine.load_model(args.model, device=args.device)
     critic = load_critic(run, model) if config else None
     prompts = data.encode_prompts(tokenizer, questions, chat=args.chat)
     names = ("attempts", "states", "alternatives", "truth", "mc_rollouts", "max_new_tokens")
@@ -1120,6 +1126,6 @@ def main(argv=None):
 
 if __name__ == "__main__":
     arguments = parse()  # first: --help need not wait for the imports
-    import data
+    import machine
 
-    data.command_line(lambda: arguments.run(arguments))
+    machine.command_line(lambda: arguments.run(arguments))

@@ -83,18 +83,20 @@ def iterations():
     """Two of each algorithm on the tiny model, and the peak beside the forecast."""
     from benchmark import peak_memory
 
-    import data
+    import job
+    import machine
     import sfl
     import sft
 
     base = str(sft.tiny_base("runs/cache"))
-    model, _ = data.load_model(base)
+    model, _ = machine.load_model(base)
     for algo in ALGORITHMS:
         with tempfile.TemporaryDirectory() as folder:
             flags = ["--algo", algo, "--model", base, "--out", f"{folder}/run", "--device", "cuda"]
             flags += "--iterations 2 --questions 16 --eval_limit 16 --eval_every 2".split()
             args = sfl.parse(flags)
-            said = sum(sfl.memory(args, model, True).values())
+            reference = job.reference_dtype(args, True)
+            said = sum(machine.memory(args, model, True, reference).values())
             torch.cuda.empty_cache()
             peak_memory(torch.device("cuda"), reset=True)
             sfl.train(args)

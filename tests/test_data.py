@@ -18,6 +18,7 @@ from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, pr
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import data
+import machine
 import sft
 from data import Question, arithmetic, load_questions
 from eval import grade
@@ -522,10 +523,10 @@ def test_no_stop_token():
 
 def test_load_model(tiny, tiny_folder):
     for path in (tiny_folder, str(tiny_folder / "model")):  # a run's folder, or its model's
-        model, tokenizer = data.load_model(path)
+        model, tokenizer = machine.load_model(path)
         assert not model.training and model.dtype == torch.float32 and tokenizer.eos_token_id == 1
         assert torch.equal(model.lm_head.weight, tiny.lm_head.weight)
-    model, _ = data.load_model(tiny_folder, device="auto", dtype="bfloat16")
+    model, _ = machine.load_model(tiny_folder, device="auto", dtype="bfloat16")
     assert model.dtype == torch.bfloat16
 
 
@@ -542,7 +543,7 @@ def test_load_model_refuses(tiny_folder, path, settings, message):
     (tiny_folder / "empty").mkdir(exist_ok=True)
     path = path if path.startswith(".") else tiny_folder / path
     with pytest.raises(ValueError, match=message) as raised:
-        data.load_model(path, **settings)
+        machine.load_model(path, **settings)
     assert "\n" not in str(raised.value)
 
 
@@ -553,17 +554,17 @@ def same_weights(folder, model):
 
 def test_save_replaces_whole_files(tokenizer, tmp_path, monkeypatch):
     old, new = sft.tiny_model(tokenizer, 0), sft.tiny_model(tokenizer, 1)
-    data.save_model(old, tokenizer, tmp_path / "model")
+    machine.save_model(old, tokenizer, tmp_path / "model")
 
     def killed(*_):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:  # as the new files are to take the old ones' place
-        patch.setattr(data.os, "replace", killed)
+        patch.setattr(machine.os, "replace", killed)
         with pytest.raises(KeyboardInterrupt):
-            data.save_model(new, tokenizer, tmp_path / "model")
+            machine.save_model(new, tokenizer, tmp_path / "model")
     assert same_weights(tmp_path / "model", old)
-    data.save_model(new, tokenizer, tmp_path / "model")
+    machine.save_model(new, tokenizer, tmp_path / "model")
     assert same_weights(tmp_path / "model", new)
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
@@ -573,9 +574,9 @@ def test_save_replaces_whole_files(tokenizer, tmp_path, monkeypatch):
 
 def test_flags_may_have_hyphens():
     table = "data_dir - - a folder\nrest_of_it 1 1.. a number"
-    given = data.parse_flags(table, "", ["--data-dir=a-b", "--rest-of-it", "3"])
+    given = machine.parse_flags(table, "", ["--data-dir=a-b", "--rest-of-it", "3"])
     assert given == {"data_dir": "a-b", "rest_of_it": 3}
-    assert data.parse_flags(table, "", ["--data_dir", "a-b"]) == {"data_dir": "a-b"}
+    assert machine.parse_flags(table, "", ["--data_dir", "a-b"]) == {"data_dir": "a-b"}
 
 
 @pytest.mark.parametrize(
@@ -592,7 +593,7 @@ def test_exit_codes(capsys, error, code, line):
         raise error
 
     with pytest.raises(SystemExit) as stopped:
-        data.command_line(main)
+        machine.command_line(main)
     assert stopped.value.code == code
     assert capsys.readouterr().err == f"{Path(sys.argv[0]).name}: {line}\n"
 
@@ -715,8 +716,8 @@ def test_tags_are_new_tokens_that_start_every_prompt(spare, tmp_path):
     assert data.with_tag(tokenizer, [good, *plain], 1) == [good, *plain]
     assert data.with_tag(tokenizer, [good, *plain], None) == plain
 
-    data.save_model(model, tokenizer, tmp_path / "model")
-    loaded, its_tokenizer = data.load_model(tmp_path / "model")
+    machine.save_model(model, tokenizer, tmp_path / "model")
+    loaded, its_tokenizer = machine.load_model(tmp_path / "model")
     assert data.encode_prompts(its_tokenizer, [question]) == [[good, *plain]]
     message = [{"role": "user", "content": question.prompt}]  # as anyone would
     asked = its_tokenizer.apply_chat_template(message, add_generation_prompt=True)

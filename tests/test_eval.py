@@ -17,10 +17,13 @@ import numpy as np
 import pytest
 from conftest import ROOT, read_rows, write_rows
 
+import answers
 import data
 import eval as evaluation
+import report
+from answers import parse_number
 from data import Question, arithmetic, load_questions
-from eval import evaluate, final_answer, grade, majority, parse_number, pass_at_k, rewards
+from eval import evaluate, final_answer, grade, majority, pass_at_k, rewards
 from rollout import Rollout
 
 # --------------------------------------------------------------------------- numbers
@@ -301,13 +304,13 @@ def test_math_takes_the_last_commitment(response, right):
 
 
 def test_math_that_hangs_is_killed_and_the_next_is_graded(monkeypatch):
-    judge = evaluation.Judge()
+    judge = answers.Judge()
     assert judge.same("x+y", "y+x")
-    first, before = judge.process, evaluation.timeouts["timeouts"]
+    first, before = judge.process, answers.timeouts["timeouts"]
     with monkeypatch.context() as patch:
-        patch.setattr(evaluation, "JUDGE_SECONDS", 0.3)
+        patch.setattr(answers, "JUDGE_SECONDS", 0.3)
         assert not judge.same("5", "9^{9^{9^{9}}}")
-    assert first.poll() is not None and evaluation.timeouts["timeouts"] == before + 1
+    assert first.poll() is not None and answers.timeouts["timeouts"] == before + 1
     assert judge.same("x+y", "2y-x-y+2x") and judge.process is not first
     judge.process.kill()
     judge.process.wait()
@@ -340,9 +343,11 @@ def test_rewards_of_latex_are_graded_side_by_side(monkeypatch, tokenizer):
             waiting.remove(answer)
             return True
 
-    monkeypatch.setattr(evaluation, "Judge", Slow)
-    monkeypatch.setattr(evaluation, "judges", type(evaluation.judges)())
-    evaluation.set_judges(4)
+    monkeypatch.setattr(answers, "Judge", Slow)
+    fresh = type(answers.judges)()
+    monkeypatch.setattr(answers, "judges", fresh)
+    monkeypatch.setattr(evaluation, "judges", fresh)
+    answers.set_judges(4)
     monkeypatch.setattr(evaluation, "decode_response", lambda tokenizer, rollout: rollout.prompt)
     group = [Rollout(f"\\boxed{{y+x+{i}}}", [1], [], True) for i in range(8)]
     graded = rewards(tokenizer, [math_question("x+y+z")], [group])
@@ -352,7 +357,7 @@ def test_rewards_of_latex_are_graded_side_by_side(monkeypatch, tokenizer):
 def test_fuzzed_grading_neither_raises_nor_hangs(monkeypatch):
     hypothesis = pytest.importorskip("hypothesis")
     given, text = hypothesis.given, hypothesis.strategies.text
-    monkeypatch.setattr(evaluation, "JUDGE_SECONDS", 2)
+    monkeypatch.setattr(answers, "JUDGE_SECONDS", 2)
     pieces = hypothesis.strategies.lists(
         hypothesis.strategies.sampled_from(
             [*PIECES, *r"\sqrt{ \pi x ^ _ ( ) [ ] , + - * = < & \\".split()]
@@ -388,7 +393,7 @@ def test_gold_answers_and_their_honest_rewritings(name):
 
 
 def test_math_verify_missing(monkeypatch):
-    monkeypatch.setattr(evaluation, "find_spec", lambda _: None)
+    monkeypatch.setattr(answers, "find_spec", lambda _: None)
     assert grade("\\boxed{x + y}", Question("", "x+y", kind="math")) == 1  # the same text
     with pytest.raises(ValueError, match="pip install math-verify"):
         grade("\\boxed{z+x}", Question("", "x+z", kind="math"))
@@ -430,9 +435,9 @@ def test_majority_by_drawing_among_the_tied():
 
 
 def test_votes():
-    assert [evaluation.vote(text) for text in ("18", "18.0", "$18", "18 dollars")] == [18] * 4
-    assert evaluation.vote("x + 1") == evaluation.vote("x+ 1") != evaluation.vote("x+2")
-    assert not evaluation.vote(None)
+    assert [answers.vote(text) for text in ("18", "18.0", "$18", "18 dollars")] == [18] * 4
+    assert answers.vote("x + 1") == answers.vote("x+ 1") != answers.vote("x+2")
+    assert not answers.vote(None)
 
 
 @pytest.fixture
@@ -496,7 +501,7 @@ def test_what_evaluate_counts(counted):
 
 def test_table(counted):
     _, result = counted
-    lines = evaluation.table({"before": result, "after": result}).split("\n")
+    lines = report.table({"before": result, "after": result}).split("\n")
     assert len({len(line) for line in lines[1:4]}) == 1  # columns
     assert lines[0].split() == ["level", "questions", "before", "after"]
     assert lines[1].split()[:3] == ["all", "3", "0.500"]
@@ -553,7 +558,7 @@ def fake_run(folder, seed=0):
 
 
 def test_read_run_adds_up_what_was_spent(tmp_path):
-    rows = evaluation.read_run(fake_run(tmp_path))
+    rows = report.read_run(fake_run(tmp_path))
     assert [row["tokens"] for row in rows[:6]] == [0, 100, 200, 300, 1400, 1500]
     assert [row["seconds"] for row in rows[:6]] == [0, 2, 4, 6, 10, 12]
 
@@ -576,9 +581,9 @@ def test_plot_of_runs_with_little_in_them(tmp_path):
     pytest.importorskip("matplotlib")
     write_rows(tmp_path / "bare" / "metrics.jsonl", [{"iteration": 0}])
     with pytest.raises(ValueError, match="nothing to draw yet"):
-        evaluation.plot([tmp_path / "bare"], tmp_path / "a.png")
+        report.plot([tmp_path / "bare"], tmp_path / "a.png")
     write_rows(tmp_path / "short" / "metrics.jsonl", [{"iteration": 0, "reward_mean": 0.5}])
-    evaluation.plot([tmp_path / "short"] * 9, tmp_path / "a.png")  # more runs than colours
+    report.plot([tmp_path / "short"] * 9, tmp_path / "a.png")  # more runs than colours
     assert (tmp_path / "a.png").read_bytes().startswith(PNG)
 
 

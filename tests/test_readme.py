@@ -11,6 +11,7 @@ from conftest import ROOT
 
 import data
 import eval as evaluation
+import machine
 import ppo
 import sfl
 import sft
@@ -93,8 +94,8 @@ def test_there_are_commands():
 @pytest.mark.parametrize("script, flags", COMMANDS)
 def test_commands_have_these_flags(script, flags):
     module = {"sfl": sfl, "eval": evaluation, "sft": sft}[script]
-    given = data.parse_flags(module.SETTINGS, "", shlex.split(flags))
-    known = data.read_settings(module.SETTINGS)
+    given = machine.parse_flags(module.SETTINGS, "", shlex.split(flags))
+    known = machine.read_settings(module.SETTINGS)
     for name, value in given.items():
         allowed = known[name][2]
         assert "|" not in allowed or value in allowed.split("|"), (name, value)

@@ -21,8 +21,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import data
 import eval as evaluation
+import machine
+import report
 import sfl
 import sft
+from job import alarms, check_start
 
 # --------------------------------------------------------------------------- learnability
 
@@ -245,7 +248,7 @@ def base(tokenizer, tmp_path_factory):
     batch = sft.demonstrations(tokenizer, questions, [f"#### {q.answer}" for q in questions])
     sft.train(model, lambda: [batch[i] for i in rng.choice(300, 64)], steps=60, lr=3e-3)
     folder = tmp_path_factory.mktemp("base") / "model"
-    data.save_model(model, tokenizer, folder)
+    machine.save_model(model, tokenizer, folder)
     return str(folder)
 
 
@@ -312,7 +315,7 @@ def test_the_whole_job(base, tmp_path, capsys, algo, curriculum):
     printed = capsys.readouterr().out
     assert "before" in printed and "after" in printed and str(out / "model") in printed
 
-    model, tokenizer = data.load_model(out)
+    model, tokenizer = machine.load_model(out)
     assert data.stop_ids(model, tokenizer) == [tokenizer.eos_token_id]
     start = weights(base)
     changed = any(not torch.equal(start[name], x) for name, x in model.state_dict().items())
@@ -322,7 +325,7 @@ def test_the_whole_job(base, tmp_path, capsys, algo, curriculum):
     both = json.loads((out / "evaluation.json").read_text())
     assert both["after"]["greedy"]["accuracy"] == rows[-1]["eval_accuracy"]
     assert both["before"]["sampled"]["samples"] == 8
-    spent = evaluation.read_run(out)[-1]["tokens"]  # what eval.py --plot draws
+    spent = report.read_run(out)[-1]["tokens"]  # what eval.py --plot draws
     columns = ("tokens_generated", "tokens_scored", "tokens_credit")
     assert spent == sum(row.get(column, 0) for row in rows for column in columns)
 
@@ -345,7 +348,7 @@ def test_imitators_in_the_same_loop(base, tmp_path, capsys, algo):
     else:
         assert len(kept) == 3 * 8 * 4
         assert returns[1] == round(sum(row["reward_mean"] for row in rows) * 32)
-    model, tokenizer = data.load_model(out)
+    model, tokenizer = machine.load_model(out)
     assert (algo == "rcrl") == (data.TAGS[1] in tokenizer.get_vocab())
     [prompt] = data.encode_prompts(tokenizer, data.arithmetic(1, 0, {1: 1}))
     assert (algo == "rcrl") == (prompt[0] == model.config.vocab_size - 1)
@@ -432,7 +435,7 @@ def test_a_kill_at_each_step_of_each_save(base, tmp_path):
     expected = without_clocks(run(base, straight))
     for attempt in itertools.count(1):
         with pytest.MonkeyPatch.context() as patch:
-            interrupt(patch, data, "put_in_place", call=attempt)
+            interrupt(patch, machine, "put_in_place", call=attempt)
             try:
                 if (killed / "config.json").exists():
                     rows = resume(killed)
@@ -480,9 +483,9 @@ def test_config_says_how_many_iterations_a_resumed_run_has(base, tmp_path):
 
 def test_checkpoints_of_a_tokenizer_with_several_chat_templates(base, tmp_path):
     """These lie in a folder of their own."""
-    model, tokenizer = data.load_model(base)
+    model, tokenizer = machine.load_model(base)
     tokenizer.chat_template = {"default": CHAT, "tools": CHAT + "!"}
-    data.save_model(model, tokenizer, tmp_path / "model")
+    machine.save_model(model, tokenizer, tmp_path / "model")
     run(str(tmp_path / "model"), tmp_path / "run", "--chat", "off")  # three checkpoints
     saved = AutoTokenizer.from_pretrained(tmp_path / "run" / "model")
     assert saved.chat_template == tokenizer.chat_template
@@ -518,7 +521,7 @@ def gsm8k_like(bpe, tmp_path_factory):
     write_rows(folder / "train.jsonl", rows[:40])
     write_rows(folder / "test.jsonl", rows[40:])
     model = small_llama(len(bpe), max_position_embeddings=512, eos_token_id=0)
-    data.save_model(model, bpe, folder / "model")
+    machine.save_model(model, bpe, folder / "model")
     return folder
 
 
@@ -531,9 +534,9 @@ CHAT += "{% if add_generation_prompt %}>{% endif %}"
     [(None, "[MATH_TASK] Problem:\nTom has", "Solution:"), (CHAT, "[Tom has", "]>")],
 )
 def test_gsm8k_files_with_a_bpe_model(gsm8k_like, tmp_path, monkeypatch, template, start, end):
-    model, tokenizer = data.load_model(gsm8k_like / "model")
+    model, tokenizer = machine.load_model(gsm8k_like / "model")
     tokenizer.chat_template = template
-    data.save_model(model, tokenizer, tmp_path / "model")
+    machine.save_model(model, tokenizer, tmp_path / "model")
     prompts, generate = [], sfl.generate
 
     def watched(model, some, **settings):
@@ -566,7 +569,7 @@ def test_skip_long_leaves_long_questions_out(base, tmp_path, capsys):
 @pytest.mark.parametrize("dataset, column", [("arithmetic", 0), ("gsm8k", 1)])
 def test_defaults_follow_the_data_set(dataset, column):
     args = sfl.parse(["--dataset", dataset])
-    for name, row in data.read_settings(sfl.SETTINGS).items():
+    for name, row in machine.read_settings(sfl.SETTINGS).items():
         if name not in ("dataset", "out"):
             assert getattr(args, name) == row[column], name
     assert sfl.parse(["--dataset", dataset, "--lr", "0.5"]).lr == 0.5
@@ -632,10 +635,10 @@ def test_bad_data(base, tmp_path):
 
 
 def test_a_model_that_cannot_stop(base, tmp_path):
-    model, tokenizer = data.load_model(base)
+    model, tokenizer = machine.load_model(base)
     tokenizer.eos_token = None
     model.generation_config.eos_token_id = model.config.eos_token_id = None
-    data.save_model(model, tokenizer, tmp_path / "endless")
+    machine.save_model(model, tokenizer, tmp_path / "endless")
     with pytest.raises(ValueError, match="stop token"):
         run(str(tmp_path / "endless"), tmp_path / "run")
     assert not (tmp_path / "run").exists()
@@ -709,11 +712,11 @@ def row(**changes):
 )
 def test_alarms(name, bad):
     usual = [row(reward_mean=i / 20) for i in range(10)]
-    assert list(sfl.alarms(usual)) == []
+    assert list(alarms(usual)) == []
     changed = [each | bad for each in usual]
-    assert [alarm for alarm, _ in sfl.alarms(changed)] == [name]
+    assert [alarm for alarm, _ in alarms(changed)] == [name]
     late = name in ("agree", "reward", "entropy")  # ten iterations long
-    assert (list(sfl.alarms([usual[0], *changed[1:]])) == []) == late
+    assert (list(alarms([usual[0], *changed[1:]])) == []) == late
 
 
 def test_two_processes_do_what_one_does(base, tmp_path):
@@ -759,9 +762,7 @@ def test_what_would_train_quietly_on_nonsense(tiny, bpe, capsys):
     def check(questions, prompts=None, chat="auto", rows=None):
         model = small_llama(rows or len(bpe))
         args = Namespace(model="m", dataset="d", chat=chat, algo="ppo")
-        sfl.check_start(
-            args, model, bpe, questions, prompts or [[i] for i in range(len(questions))]
-        )
+        check_start(args, model, bpe, questions, prompts or [[i] for i in range(len(questions))])
 
     good = [data.Question(f"{i}?", str(i)) for i in range(40)]
     check(good)

@@ -9,6 +9,7 @@ from conftest import write_rows
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import data
+import machine
 import ppo
 import sft
 from eval import evaluate
@@ -103,7 +104,7 @@ def test_stages_of_the_tiny_base(tmp_path, monkeypatch):
 
     monkeypatch.setattr(sft, "train", watch)
     folder = sft.tiny_base(tmp_path, progress=False)
-    _, tokenizer = data.load_model(folder)
+    _, tokenizer = machine.load_model(folder)
     held_out = {q.prompt for q in data.load_questions("arithmetic", "test")}
     for rollouts, (_, _, hurry) in zip(stages, sft.TINY["stages"], strict=True):
         prompts = [tokenizer.decode(r.prompt) for r in rollouts]
@@ -268,5 +269,5 @@ def test_the_parity_base_is_cached_by_its_settings(tmp_path, monkeypatch):
         for bits, share in ((8, 0.1), (8, 0.2), (9, 0.1), (8, 0.1))
     }
     assert len(folders) == 3
-    model, tokenizer = data.load_model(folders.pop())
+    model, tokenizer = machine.load_model(folders.pop())
     assert len(tokenizer) == 7 and model.config.vocab_size == 7

@@ -11,8 +11,8 @@ from conftest import write_rows
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-import data
 import eval as evaluation
+import machine
 import ppo
 import vineppo
 from data import Question
@@ -543,7 +543,7 @@ def test_values_of_a_run_beside_a_critic_that_knows_them(tmp_path, words, capsys
     wins."""
     pytest.importorskip("matplotlib")
     model = markov_llama()
-    data.save_model(model, words, tmp_path / "model")
+    machine.save_model(model, words, tmp_path / "model")
     critic = ppo.ValueModel(model)
     with torch.no_grad():
         true_values = torch.tensor([true_value(token, 40) for token in range(6)])
