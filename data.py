@@ -132,9 +132,7 @@ DATASETS = {
 ONE_IN = 10
 
 
-def load_questions(
-    dataset, split, *, data_dir=None, limit=None, seed=0, fields=None, bits=None
-):  # fmt: skip
+def load_questions(dataset, split, *, data_dir=None, limit=None, seed=0, fields=None, bits=None):
     """The questions of a data set: arithmetic, parity (of so many bits), one of DATASETS, a path,
     or OWNER/NAME on the hub (splits train and test); several, by commas.
 

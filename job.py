@@ -112,8 +112,8 @@ def setup(args):
 
     # what each call of generate, update and evaluate is told
     sampling = {name: getattr(args, name) for name in ("max_new_tokens", "temperature", "top_p")}
-    cost = {"engine": args.engine, "slots": args.slots or None, "dtype": half}
-    cost |= {"progress": sys.stderr.isatty() and rank() == 0, "stop_ids": stop_ids}
+    serving = {"engine": args.engine, "slots": args.slots or None, "dtype": half}
+    serving |= {"progress": sys.stderr.isatty() and rank() == 0, "stop_ids": stop_ids}
     names = ("temperature", "gamma", "lam", "clip", "value_clip", "kl_coef", "epochs", "minibatch")
     names += ("max_grad_norm", "max_ratio", "tokens_per_microbatch", "loss_average", "fsdp")
     settings = ppo.Settings(autocast=half, **{name: getattr(args, name) for name in names})
@@ -123,17 +123,19 @@ def setup(args):
         how = sampling if samples > 1 else {"max_new_tokens": args.max_new_tokens}
         result = evaluation.evaluate(
             policy, tokenizer, held_out, samples=samples, chat=args.chat, seed=args.seed,
-            last_number=args.last_number, **cost, **how,
+            last_number=args.last_number, **serving, **how,
         )  # fmt: skip
         return {**result, "responses": result["responses"][:3]}
 
+    # an update of one step: the critic learns in the pass that reads its values
     one_step = args.epochs == 1 and args.questions * args.rollouts <= args.minibatch
     return SimpleNamespace(
         out=out,
         policy=policy,
         tokenizer=tokenizer,
         critic=critic,
-        one_pass=one_step and not args.offload_optimizer,  # there the cache is still in memory
+        one_pass=one_step
+        and not args.offload_optimizer,  # with it the KV cache goes only behind this pass
         reference=reference,
         optimizer=optimizer,
         settings=settings,
@@ -141,8 +143,8 @@ def setup(args):
         untagged=untagged,
         questions=questions,
         prompts=prompts,
-        generation=sampling | cost,
-        grade=partial(evaluation.rewards, last_number=args.last_number),
+        generation=sampling | serving,
+        rewards=partial(evaluation.rewards, last_number=args.last_number),
         evaluate=evaluate,
         rng=np.random.default_rng(args.seed),
         state={"groups": [group_of(q, prompt) for q, prompt in zip(questions, prompts)]},
@@ -157,7 +159,7 @@ def group_of(question, prompt):
 
 
 def uses_bfloat16(args, device):
-    """Of the matrix products."""
+    """Are matrix products computed in bfloat16?"""
     return args.dtype == "bfloat16" or (args.dtype == "auto" and device.startswith("cuda"))
 
 
@@ -174,9 +176,8 @@ def reference_dtype(args, half):
 def fitting(args, tokenizer, policy, questions, which):
     """(questions, prompts). One that does not fit the context: ValueError, or with --skip_long it
     is left out."""
-    limit = min(
-        args.context, getattr(policy.config, "max_position_embeddings", None) or args.context
-    )
+    positions = getattr(policy.config, "max_position_embeddings", None) or args.context
+    limit = min(args.context, positions)
     prompts = data.encode_prompts(tokenizer, questions, chat=args.chat)
     long = {i for i, prompt in enumerate(prompts) if len(prompt) + args.max_new_tokens > limit}
     if long and not args.skip_long:
@@ -278,11 +279,10 @@ def shares(rewards):
 def batch_metrics(run, iteration, batch, rollouts):
     tokens = batch.tokens()
     logprobs = np.concatenate([rollout.logprobs for rollout in rollouts])
-    calls = run.sample.calls
     sampled = [
         [int(i), run.questions[i].level, int(sum(rewards)), len(rewards)]
-        for call in calls
-        for i, rewards in zip(call.questions, call.rewards)
+        for sample in run.sample.batches
+        for i, rewards in zip(sample.questions, sample.rewards)
     ]
     return {
         "iteration": iteration + 1,
@@ -295,7 +295,7 @@ def batch_metrics(run, iteration, batch, rollouts):
         "lr": run.optimizer.param_groups[0]["lr"],
         "tokens_generated": tokens,
         # sampled to choose the questions and not trained on
-        "tokens_scored": sum(call.tokens() for call in calls) - tokens,
+        "tokens_scored": sum(sample.tokens() for sample in run.sample.batches) - tokens,
         # [question, its level, successes, attempts], and which were trained on
         "sampled": sampled,
         "trained": batch.questions.tolist(),

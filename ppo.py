@@ -87,8 +87,8 @@ def group_advantages(rewards, *, how):
     mean of the n - 1 others (arXiv 2402.14740), unbiased, and keeps the reward's scale. A group
     that agrees gives exactly 0. ValueError: n = 1, which leaves nothing to compare with."""
     check_groups(rewards, how)
-    rewards = np.asarray(rewards, dtype=np.float32)
-    rewards = rewards.astype(np.float64)  # equal rewards must cancel exactly
+    # float32 numbers add up exactly in float64: equal rewards cancel
+    rewards = np.asarray(rewards, dtype=np.float32).astype(np.float64)
     if how == "grpo":
         deviation = rewards - rewards.mean(1, keepdims=True)
         advantages = deviation / (rewards.std(1, ddof=1, keepdims=True) + 1e-6)
@@ -143,8 +143,9 @@ def update(
     with no critic, the update of GRPO, RLOO and VinePPO. Returns metrics: see `update_metrics`.
 
     optimizer: one for the parameters of policy and critic. Lists, a tensor a rollout: advantages;
-    old_logprobs, of the policy that sampled (None: `sampled_logprobs`); ref_logprobs, of the frozen
-    reference, for kl_coef > 0; values and returns. learned: see `critic_advantages`. rng: draws the
+    old_logprobs, of the policy that sampled (None: `sampled_logprobs`, or if there is but one step
+    the new ones, so the ratio is 1); ref_logprobs, of the frozen reference, for kl_coef > 0; values
+    and returns. learned: see `critic_advantages`. rng: draws the
     minibatches. The models are left in eval mode.
 
     The KL is summed over a response and averaged over responses, as in the authors' code.
@@ -153,11 +154,12 @@ def update(
     advantages are all 0 stay out of the policy's pass: they have no gradient, but count in the
     mean. A NaN or an infinity makes no step: see `step`."""
     s = settings
-    critic_lists = critic, values, returns, learned
-    check_update(s, rollouts, advantages, old_logprobs, ref_logprobs, *critic_lists)
+    lists = {"old_logprobs": old_logprobs, "ref_logprobs": ref_logprobs}
+    lists |= {"advantages": advantages, "values": values, "returns": returns}
+    check_update(s, rollouts, lists, critic, learned)
     no_dropout(policy)
     rng = rng or np.random.default_rng(0)
-    parts = math.ceil(len(rollouts) / s.minibatch)  # minibatches an epoch, alike to one rollout
+    parts = math.ceil(len(rollouts) / s.minibatch)  # minibatches an epoch, of like size
     has_gradient = [s.kl_coef > 0 or bool(a.any()) for a in advantages]
     if old_logprobs is None and s.epochs * parts > 1:
         old_logprobs = sampled_logprobs(policy, rollouts, s, only=has_gradient)
@@ -171,21 +173,22 @@ def update(
             # the critic: squared error to the returns
             if critic is not None:
                 tokens = sum(len(rollouts[i].response) for i in minibatch)
-                unread = [] if learned else minibatch
-                for attempt in until_it_fits(s, optimizer.zero_grad):
-                    with attempt:
-                        error = torch.zeros((), device=device)
-                        for batch in microbatches(rollouts, s.tokens_per_microbatch, unread):
-                            new = response_values(critic, [rollouts[i] for i in batch], s)
-                            old = pick(values, batch, new)  # (tokens,), as all of these
-                            target = pick(returns, batch, new)
-                            loss = value_loss(new, old, target, s.value_clip).sum()
-                            (loss / tokens).backward()
-                            error += loss.detach()
-                error = float(all_sum(error))
-                if learned:
+                if learned:  # `learning_values` left the gradient; only its loss is missing
                     old, target = torch.cat(values), torch.cat(returns)
-                    error = float(value_loss(old, old, target, s.value_clip).sum())
+                    error = value_loss(old, old, target, s.value_clip).sum()
+                else:
+                    for attempt in until_it_fits(s, optimizer.zero_grad):
+                        with attempt:
+                            error = torch.zeros((), device=device)
+                            for batch in microbatches(rollouts, s.tokens_per_microbatch, minibatch):
+                                new = response_values(critic, [rollouts[i] for i in batch], s)
+                                old = pick(values, batch, new)  # (tokens,), as all of these
+                                target = pick(returns, batch, new)
+                                loss = value_loss(new, old, target, s.value_clip).sum()
+                                (loss / tokens).backward()
+                                error += loss.detach()
+                    error = all_sum(error)
+                error = float(error)
                 norm = step(critic, optimizer, error, s.max_grad_norm)
                 log["critic"].append({"error": error, "tokens": tokens, "grad_norm": norm})
 
@@ -199,8 +202,8 @@ def update(
                     sums = torch.zeros(len(TOKEN_SUMS), device=device)
                     for batch in microbatches(rollouts, s.tokens_per_microbatch, active):
                         new = response_logprobs(policy, [rollouts[i] for i in batch], s)
-                        old = pick(old_logprobs, batch, new)  # (tokens,), as all of these
-                        ref = pick(ref_logprobs, batch, new)
+                        old = pick(old_logprobs, batch, new)  # (tokens,), as all of these; None:
+                        ref = pick(ref_logprobs, batch, new)  # as `new`, so ratio 1 and KL 0
                         advantage = pick(advantages, batch, new)
                         ratio = (new - old).exp()
                         surrogate = clipped_surrogate(ratio, advantage, s.clip)
@@ -210,13 +213,13 @@ def update(
                         loss.backward()
                         clipped = surrogate > -ratio * advantage  # there the token has no gradient
                         sums += token_sums(surrogate, kl, kl_k3(new, old), clipped, ratio)
-            sums = dict(zip(TOKEN_SUMS, all_sum(sums).tolist()))  # the one wait for the device
-            if sums["ratio_mean"] > s.max_ratio * sums["tokens"]:
+            sums = dict(zip(TOKEN_SUMS, all_sum(sums).tolist()))  # over tokens, in one transfer
+            if sums["ratio_mean"] / sums["tokens"] > s.max_ratio:
                 log["skipped"].append(sums)
                 optimizer.zero_grad()
             else:
-                loss = sums["policy_loss"] + sums["kl"]
-                norm = step(policy, optimizer, loss, s.max_grad_norm)
+                finite = sums["policy_loss"] + sums["kl"]  # or not: `step` asks no more
+                norm = step(policy, optimizer, finite, s.max_grad_norm)
                 log["policy"].append({**sums, "grad_norm": norm})
 
     return update_metrics(log, ref_logprobs, values, returns)
@@ -246,8 +249,8 @@ class ValueModel(nn.Module):
 
 
 # ==================================================================================================
-# That is the method. Below: batches without waste, metrics, checks. Log-probs in little memory:
-# transformer.py.
+# That is the method. Below: settings, the optimizer's step, micro-batches, scores of rollouts,
+# metrics, checks. Log-probs in little memory: transformer.py.
 # ==================================================================================================
 
 
@@ -301,7 +304,7 @@ def step(model, optimizer, loss, max_grad_norm):
     norm = float(machine.whole(clip_grad_norm_(parameters, limit)))
     if math.isfinite(loss) and math.isfinite(norm):
         model.bad_steps = 0
-        optimizer.step()
+        optimizer.step()  # the other model has no gradients now, so stays as it is
     else:
         model.bad_steps = getattr(model, "bad_steps", 0) + 1
         norm = math.nan
@@ -463,10 +466,8 @@ def update_metrics(log, ref_logprobs, values, returns):
     ratio_mean; over all response tokens: value_loss, explained_variance; over steps, before
     clipping: grad_norm, critic_grad_norm. Counts: optimizer_steps, skipped_minibatches,
     nonfinite_steps, tokens_trained."""
-    made, critic_made = (
-        [step for step in log[which] if math.isfinite(step["grad_norm"])]
-        for which in ("policy", "critic")
-    )
+    made = [step for step in log["policy"] if math.isfinite(step["grad_norm"])]
+    critic_made = [step for step in log["critic"] if math.isfinite(step["grad_norm"])]
     totals = {name: sum(step[name] for step in made) for name in TOKEN_SUMS}
     metrics = {"optimizer_steps": len(made), "skipped_minibatches": len(log["skipped"])}
     tried = len(log["policy"]) + len(log["critic"])
@@ -502,27 +503,23 @@ def check_rollouts(rollouts, **lists):
         require(r.prompt and r.response, f"rollout {i}: {sizes}: give it both")
     lengths = [len(r.response) for r in rollouts]
     for name, entries in lists.items():
-        message = (
-            f"{name}: needs {len(rollouts)} tensors, as many numbers in each as response tokens"
-        )
+        need = f"{len(rollouts)} tensors, as many numbers in each as response tokens"
+        message = f"{name}: needs {need}"
         require(entries is None or [len(entry) for entry in entries] == lengths, message)
         for i, entry in enumerate(entries or []):
             message = f"{name}: a NaN or an infinity in rollout {i}: look where it was computed"
             require(entry.isfinite().all(), message)
 
 
-def check_update(
-    s, rollouts, advantages, old_logprobs, ref_logprobs, critic, values, returns, learned
-):
-    lists = {"old_logprobs": old_logprobs, "ref_logprobs": ref_logprobs}
-    lists |= {"advantages": advantages, "values": values, "returns": returns}
+def check_update(s, rollouts, lists, critic, learned):
     check_rollouts(rollouts, **lists)
     sizes = f"{len(rollouts)} rollouts, epochs {s.epochs}, minibatch {s.minibatch}"
     require(rollouts and min(s.epochs, s.minibatch) > 0, f"{sizes}: each needs at least 1")
     message = f"kl_coef {s.kl_coef}: a KL loss needs ref_logprobs, or set it to 0"
-    require(s.kl_coef == 0 or ref_logprobs is not None, message)
+    require(s.kl_coef == 0 or lists["ref_logprobs"] is not None, message)
     message = "a critic needs values and returns: see ppo.critic_advantages"
-    require(critic is None or not (values is None or returns is None), message)
+    complete = lists["values"] is not None and lists["returns"] is not None
+    require(critic is None or complete, message)
     single = s.epochs == 1 and len(rollouts) <= s.minibatch
     message = f"{sizes}: only an update of one step can find that its critic has learned already"
     require(single or not learned, message)

@@ -11,7 +11,7 @@ Three ideas follow.
 1. SLOTS. The cache is a table of `slots` rows. A row that stops is handed to the next request at
    once, so no step computes padding for rows that are done. Every row is at its own length, which
    is all that makes this unlike the textbook's cache: row i's new key is written at column
-   length[i], and row i attends to the columns <= length[i].
+   length[i], and row i attends to the columns <= length[i] (transformer.SlotCache).
 
        slot 0   Q Q Q a a a .  .        Q: the prompt's keys, copied from the prefill
        slot 1   Q Q a .  .  .  .        a: written one a step
@@ -36,6 +36,7 @@ import functools
 import itertools
 import warnings
 import weakref
+from collections import deque
 from dataclasses import dataclass
 
 import numpy as np
@@ -98,9 +99,9 @@ def generate(
     not fit the model's context with its response, bad settings, no stop token, a model the engine
     cannot serve."""
     n, budgets = one_a_prompt(n, prompts), one_a_prompt(max_new_tokens, prompts)
-    seed = (int(torch.randint(1 << 62, ())) if seed is None else seed) % (1 << 62)
-    how = Sampling(temperature, top_p, top_k, seed, *stops(model, stop_ids))
-    check_arguments(model, prompts, n, budgets, how, slots, engine)
+    seed = int(torch.randint(1 << 62, ())) if seed is None else seed % (1 << 62)
+    sampling = Sampling(temperature, top_p, top_k, seed, *stops(model, stop_ids))
+    check_arguments(model, prompts, n, budgets, sampling, slots, engine)
     numbers = itertools.count()
     groups = []
     for prompt, count, budget in zip(prompts, n, budgets):
@@ -109,13 +110,13 @@ def generate(
     stats = {} if stats is None else stats
     if requests:
         decoder = transformer.low_precision_copy(model, dtype)
-        if engine == "slots":
+        if engine == "slots":  # probed in the model's own precision; of parts, only the copy can be
             transformer.check_servable(decoder if in_parts(model) else model)
     mine = share(requests)  # all of them, unless several processes share the work
     if mine:
         serve = generate_slots if engine == "slots" else generate_hf
         with progress_bar("rollouts", len(mine), "rollout", progress, leave=False) as bar:
-            serve(decoder, mine, slots, how, stats, bar)
+            serve(decoder, mine, slots, sampling, stats, bar)
     for request, rollout in zip(requests, gather([request.rollout for request in mine])):
         request.rollout = rollout
     add(stats, tokens_generated=sum(len(request.rollout.response) for request in requests))
@@ -126,9 +127,9 @@ class Engine:
     """The decode loop and its state: one row a slot, on the device, changed in place (a CUDA graph
     needs that)."""
 
-    def __init__(self, model, place, slots, columns, max_new):
+    def __init__(self, model, weights_at, slots, columns, max_new):
         self.model = weakref.proxy(model)  # else the model could never be freed: it keys ENGINES
-        self.place, self.device = place, model.device
+        self.weights_at, self.device = weights_at, model.device
         self.columns, self.max_new = columns, max_new
         self.cache = SlotCache(slots, columns)
         zeros = functools.partial(torch.zeros, device=model.device)
@@ -142,26 +143,26 @@ class Engine:
         self.tokens = zeros(slots, max_new + 1, dtype=torch.long)
         self.logprobs = zeros(slots, max_new + 1)
         self.uniforms = zeros(slots, max_new + 1)
-        self.state = (self.token, self.length, self.written, self.budget, self.live, self.stopped)
-        self.state += (self.tokens, self.logprobs, self.uniforms)
+        self.rows = (self.token, self.length, self.written, self.budget, self.live, self.stopped)
+        self.state = (*self.rows, self.tokens, self.logprobs, self.uniforms)
+        self.owner = [None] * slots  # the Request in each slot
         self.filled = np.zeros(slots, dtype=int)  # `length`, or more, as far as the host knows
-        transformer.set_step_sizes(self, slots, columns)
+        sizes = transformer.step_sizes(model.device, slots, columns)
+        self.widths, self.depths, self.check_every, self.graphs = sizes
 
-    def run(self, trunks, slots, how, stats, bar):
+    def run(self, trunks, slots, sampling, stats, bar):
         """Serve `trunks`, [(trunk, [Request, ...]), ...] as `plan` orders them, in the first
         `slots` slots. Each request gets its `rollout`."""
-        stop_ids = torch.tensor(sorted(how.stop_ids), device=self.device)
-        self.owner = [None] * slots
-        trunks = trunks[::-1]
-        ready = []  # prefilled: (row of the prefill, Request), the next one last
-        done = True
+        stop_ids = torch.tensor(sorted(sampling.stop_ids), device=self.device)
+        trunks, ready = deque(trunks), deque()  # ready: prefilled, (row of the prefill, Request)
+        admitting = True  # at first every slot is free
         while True:
-            if done:
+            if admitting:
                 free = [row for row in range(slots) if self.owner[row] is None]
                 while free and (ready or trunks):
                     ready = ready or prefill_chunk(self, trunks, stats)
                     count = min(len(free), len(ready))
-                    self.admit(free[:count], [ready.pop() for _ in range(count)], how.seed)
+                    self.admit(free[:count], [ready.popleft() for _ in range(count)], sampling.seed)
                     free = free[count:]
                 busy = [row for row in range(slots) if self.owner[row] is not None]
                 if not busy:
@@ -171,15 +172,16 @@ class Engine:
                     busy = compact(self, busy)
                 width = at_least(busy[-1] + 1, self.widths)
             used = at_least(self.filled[busy].max() + self.check_every, self.depths)
-            transformer.decode_steps(self, width, used, stop_ids, how)
+            transformer.decode_steps(self, width, used, stop_ids, sampling)
             self.filled[busy] += self.check_every
             add(stats, steps=self.check_every, slot_steps=width * self.check_every)
-            if how.stop_text:
-                stop_at_text(self, busy, how.stop_text)
+            if sampling.stop_text:
+                stop_at_text(self, busy, sampling.stop_text)
             live = self.live.tolist()
             done = [row for row in busy if not live[row]]
+            admitting = bool(done)
             if done:
-                harvest(self, done, how, bar)
+                harvest(self, done, sampling, bar)
 
     def admit(self, rows, prefilled, seed):
         """Hand the free slots `rows` to as many prefilled requests."""
@@ -202,15 +204,15 @@ class Engine:
         for row, request in zip(rows, requests):
             self.owner[row] = request
 
-    def step(self, width, used, stop_ids, how):
+    def step(self, width, used, stop_ids, sampling):
         """Decode one token in the first `width` slots, which read the first `used` columns of the
         cache."""
-        token, length, written, budget, live, stopped = (x[:width] for x in self.state[:6])
+        token, length, written, budget, live, stopped = (x[:width] for x in self.rows)
         column = written[:, None]
         self.cache.begin(length, used)
         logits = decode(self.model, self.cache, token[:, None])
         uniform = self.uniforms[:width].gather(1, column)[:, 0]
-        new, logprob = sample(logits, uniform, how)
+        new, logprob = sample(logits, uniform, sampling)
         self.tokens[:width].scatter_(1, column, new[:, None])
         self.logprobs[:width].scatter_(1, column, logprob[:, None])
         token.copy_(torch.where(live, new, token))
@@ -224,16 +226,16 @@ class Engine:
 # --------------------------------------------------------------------------- one token a row
 
 
-def sample(logits, uniform, how):
+def sample(logits, uniform, sampling):
     """logits (rows, vocab), uniform (rows,) in [0, 1) -> tokens and their log-probs before
     truncation, (rows,) each."""
-    if how.temperature not in (0, 1):
-        logits = logits.float() / how.temperature
+    if sampling.temperature not in (0, 1):
+        logits = logits.float() / sampling.temperature
     probs = logits.softmax(-1, dtype=torch.float32)  # (rows, vocab)
-    if how.temperature == 0:
+    if sampling.temperature == 0:
         token = logits.argmax(-1, keepdim=True)
     else:
-        cdf = top_k_top_p(probs, how.top_k, how.top_p).cumsum(-1)
+        cdf = top_k_top_p(probs, sampling.top_k, sampling.top_p).cumsum(-1)
         # The first token whose cdf exceeds u. right=True steps over tokens of probability 0, and
         # the factor keeps u * total below the total: else the last could be drawn at p = 0.
         threshold = (uniform * (1 - 1e-6))[:, None] * cdf[:, -1:]
@@ -258,7 +260,7 @@ def top_k_top_p(probs, top_k, top_p):
     if 0 < top_k < probs.shape[-1]:
         probs = probs * (probs >= probs.topk(top_k, dim=-1).values[:, -1:])
     if top_p < 1:
-        needed = top_p * probs.sum(-1, keepdim=True)  # of the whole (rows, 1)
+        needed = top_p * probs.sum(-1, keepdim=True)  # of what top-k left, (rows, 1)
         probs = probs * (probs >= least_of_nucleus(probs, needed, top_p))
     return probs
 
@@ -282,7 +284,7 @@ def least_of_nucleus(probs, needed, top_p, first=64):
 def bisect_nucleus(probs, needed, top_p):
     """The same in 20 halvings of the range; tokens tied with the last one (to 1 part in 50,000) are
     all kept."""
-    # tokens below (1 - top_p) / vocab, all together, miss less than 1 - top_p
+    # tokens below (1 - top_p) / vocab hold less than 1 - top_p together: the others suffice
     low = needed * ((1 - top_p) / top_p / 2 / probs.shape[-1])  # mass(low) >= needed, always
     high = probs.amax(-1, keepdim=True)
     for _ in range(20):
@@ -317,23 +319,22 @@ def plan(requests):
 
 def prefill_chunk(engine, trunks, stats, most_tokens=4096):
     """Prefill the next trunks, up to `most_tokens` padded tokens. Returns (row of the prefill,
-    Request) of each of their requests, last first."""
+    Request) of each of their requests."""
     prompts = []
-    ready = []
+    ready = deque()
     while trunks and len(ready) < engine.cache.slots:
-        longest = max(len(prompts[0]), len(trunks[-1][0])) if prompts else 0  # the first
-        if prompts and (len(prompts) + 1) * longest > most_tokens:
+        if prompts and (len(prompts) + 1) * len(prompts[0]) > most_tokens:  # the first is longest
             break
-        trunk, requests = trunks.pop()
+        trunk, requests = trunks.popleft()
         ready += [(len(prompts), request) for request in requests]
         prompts.append(trunk[:-1])
     if any(prompts):
         prefill(engine.model, engine.cache, prompts)
     add(stats, tokens_prefilled=sum(map(len, prompts)))
-    return ready[::-1]
+    return ready
 
 
-def harvest(engine, done, how, bar):
+def harvest(engine, done, sampling, bar):
     """Read finished rows back and free their slots."""
     written = engine.written[done].tolist()
     stopped = engine.stopped[done].tolist()
@@ -345,7 +346,9 @@ def harvest(engine, done, how, bar):
             problem = "the model's logits are not finite: has training diverged?"
             raise ValueError(f"{problem} Go back to a checkpoint")
         request, engine.owner[row] = engine.owner[row], None
-        request.rollout = to_rollout(request, tokens[i][:end], logprobs[i][:end], stopped[i], how)
+        request.rollout = to_rollout(
+            request, tokens[i][:end], logprobs[i][:end], stopped[i], sampling
+        )
     bar.update(len(done))
     # A free slot among busy ones decodes on. At length 0 it sees its own column; left behind a
     # sliding window that has passed `used` it would see none, and write NaN into the table.
@@ -377,7 +380,7 @@ def compact(engine, busy):
 ENGINES = weakref.WeakKeyDictionary()
 
 
-def generate_slots(model, requests, slots, how, stats, bar):
+def generate_slots(model, requests, slots, sampling, stats, bar):
     """Find or make the model's engine and run it, with half the slots when memory runs out."""
     max_new = max(request.budget for request in requests)
     columns = max(len(request.prompt) + request.budget for request in requests)
@@ -385,18 +388,19 @@ def generate_slots(model, requests, slots, how, stats, bar):
     if slots is None:
         kept = ENGINES.get(model)
         slots = transformer.choose_slots(model, columns, len(requests), kept and kept.cache)
-    # where a graph reads the weights
-    place = (model.device, model.dtype, *(p.data_ptr() for p in model.parameters()))
+    # a captured graph reads the weights where they lay: moved, they need a new engine
+    weights_at = (model.device, model.dtype, *(p.data_ptr() for p in model.parameters()))
     while True:
         try:
             kept = ENGINES.get(model)
-            fits = kept and kept.place == place and kept.cache.slots >= slots
+            fits = kept and kept.weights_at == weights_at and kept.cache.slots >= slots
             if not (fits and kept.columns >= columns and kept.max_new >= max_new):
-                kept = ENGINES.pop(model, None) and None  # free the old table before the new one
-                kept = ENGINES[model] = Engine(model, place, slots, columns, max_new)
+                ENGINES.pop(model, None)
+                kept = None  # both, so that the old table is freed before the new one is made
+                kept = ENGINES[model] = Engine(model, weights_at, slots, columns, max_new)
             with serving(model, kept.cache):
                 left = [request for request in requests if request.rollout is None]
-                kept.run(plan(left), slots, how, stats, bar)
+                kept.run(plan(left), slots, sampling, stats, bar)
             stats["slots"] = slots
             return
         except BaseException as error:
@@ -456,25 +460,29 @@ def stop_at_text(engine, busy, stop):
             engine.live[row] = False
 
 
-def to_rollout(request, tokens, logprobs, stopped, how):
-    found = how.stop_text and how.stop_text.find(tokens)
+def to_rollout(request, tokens, logprobs, stopped, sampling):
+    found = sampling.stop_text and sampling.stop_text.find(tokens)
     stop = len(tokens) - found[0] if found else 1
     return Rollout(request.prompt, tokens, logprobs, stopped, stop)
 
 
-def generate_hf(model, requests, slots, how, stats, bar, batch=32):
+def generate_hf(model, requests, slots, sampling, stats, bar, batch=32):
     """The same through model.generate, for any architecture: slow, and simple enough to trust.
     Prompts of one length at a time, so that nothing is padded."""
-    settings = {"do_sample": how.temperature > 0}
-    if how.temperature:
-        settings |= {"temperature": how.temperature, "top_p": how.top_p, "top_k": how.top_k}
+    settings = {"do_sample": sampling.temperature > 0}
+    if sampling.temperature:
+        settings |= {
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+            "top_k": sampling.top_k,
+        }
     alike = {}
     for request in sorted(requests, key=lambda request: (-len(request.prompt), request.budget)):
         alike.setdefault((len(request.prompt), request.budget), []).append(request)
     with serving(model), torch.random.fork_rng([model.device] * (model.device.type == "cuda")):
-        torch.manual_seed(how.seed)
+        torch.manual_seed(sampling.seed)
         # bare: the model's own may hold a repetition penalty, and would not sample from the model
-        bare = GenerationConfig(eos_token_id=sorted(how.stop_ids), pad_token_id=0, **settings)
+        bare = GenerationConfig(eos_token_id=sorted(sampling.stop_ids), pad_token_id=0, **settings)
         model.generation_config = bare
         for (length, budget), group in alike.items():
             for part in (group[i : i + batch] for i in range(0, len(group), batch)):
@@ -482,24 +490,24 @@ def generate_hf(model, requests, slots, how, stats, bar, batch=32):
                 mask = torch.ones_like(tokens)
                 out = model.generate(tokens, attention_mask=mask, max_new_tokens=budget)
                 for request, row in zip(part, out.tolist()):
-                    request.rollout = score_row(model, request, row[length:], how)
+                    request.rollout = score_row(model, request, row[length:], sampling)
                 add(stats, tokens_prefilled=tokens.numel())
                 bar.update(len(part))
     stats["slots"] = min(batch, len(requests))
 
 
-def score_row(model, request, tokens, how):
+def score_row(model, request, tokens, sampling):
     """A `Rollout` of what model.generate wrote, cut at its stop. Its log-probs are a pass of their
     own: the logits that generate could return are (rows, time, vocab)."""
-    ends = [t + 1 for t, token in enumerate(tokens) if token in how.stop_ids]
-    found = how.stop_text and how.stop_text.find(tokens)
+    ends = [t + 1 for t, token in enumerate(tokens) if token in sampling.stop_ids]
+    found = sampling.stop_text and sampling.stop_text.find(tokens)
     ends += [found[1]] if found else []
     tokens = tokens[: min(ends, default=len(tokens))]
     text = torch.tensor([request.prompt + tokens], device=model.device)
     start = len(request.prompt)
-    logits = model(text).logits[0, start - 1 : -1].float() / (how.temperature or 1.0)
+    logits = model(text).logits[0, start - 1 : -1].float() / (sampling.temperature or 1.0)
     logprobs = logits.log_softmax(-1).gather(1, text[0, start:, None])[:, 0]
-    return to_rollout(request, tokens, logprobs.tolist(), bool(ends), how)
+    return to_rollout(request, tokens, logprobs.tolist(), bool(ends), sampling)
 
 
 def add(stats, **counts):
@@ -511,7 +519,7 @@ def one_a_prompt(value, prompts):
     return [value] * len(prompts) if np.ndim(value) == 0 else list(value)
 
 
-def check_arguments(model, prompts, n, budgets, how, slots, engine):
+def check_arguments(model, prompts, n, budgets, sampling, slots, engine):
     if not len(prompts) == len(n) == len(budgets):
         sizes = f"{len(prompts)} prompts, {len(n)} n, {len(budgets)} max_new_tokens"
         raise ValueError(f"{sizes}: give one, or one a prompt")
@@ -529,14 +537,13 @@ def check_arguments(model, prompts, n, budgets, how, slots, engine):
         if limit and len(prompt) + budget > limit:
             passes = f"with max_new_tokens={budget} it passes the model's {limit} positions"
             raise ValueError(f"prompt {i} is {len(prompt)} tokens: {passes}; shorten one of them")
-    sensible = how.temperature >= 0 and 0 < how.top_p <= 1 and how.top_k >= 0
+    sensible = sampling.temperature >= 0 and 0 < sampling.top_p <= 1 and sampling.top_k >= 0
     if not (sensible and (slots is None or slots >= 1)):
-        given = (
-            f"temperature={how.temperature}, top_p={how.top_p}, top_k={how.top_k}, slots={slots}"
-        )
+        given = f"temperature={sampling.temperature}, top_p={sampling.top_p}"
+        given += f", top_k={sampling.top_k}, slots={slots}"
         need = "temperature >= 0, 0 < top_p <= 1, top_k >= 0 and slots >= 1"
         raise ValueError(f"{given}: need {need}")
-    if not how.stop_ids:
+    if not sampling.stop_ids:
         way_out = "pass stop_ids, or set eos_token_id in the model's generation_config"
         raise ValueError(f"no stop token: {way_out}")
     if engine not in ("slots", "hf"):

@@ -27,7 +27,7 @@ One iteration of training, `train` from top to bottom:
 
 The curricula: `uniform` takes all questions alike; `sfl` scores candidates now and then and buffers
 the most learnable; `lilo` and `dapo` draw more than they need and train on those that turn out
-learnable; `posterior` knows from the training rollouts so far.
+learnable; `posterior` estimates learnability from the training rollouts so far.
 """
 
 import json
@@ -65,10 +65,10 @@ def learnability(successes, attempts):
 
 
 # --------------------------------------------------------------------------- the curricula
-# Each takes the settings, its own state (plain numbers and lists, saved with the checkpoint), the
-# iteration from 0, the number of questions, a numpy Generator, and `sample`: sample(questions, n)
-# -> Batch: .questions, .groups (n responses to each), .rewards (questions, n). Each returns the
-# Batch to train on, and what to log.
+# Each takes the settings, the run's state (plain numbers and lists, saved with the checkpoint; in
+# "groups" a label of each question's difficulty), the iteration from 0, the number of questions, a
+# numpy Generator, and `sample`: sample(questions, n) -> Batch: .questions, .groups (n responses to
+# each), .rewards (questions, n). Each returns the Batch to train on, and what to log.
 
 
 def uniform(args, state, iteration, size, rng, sample):
@@ -85,7 +85,7 @@ def sfl(args, state, iteration, size, rng, sample):
         scored = sample(candidates, args.score_rollouts)  # L each
         best = most(scored.learnability(), args.buffer_size, rng)  # the K most learnable
         state["buffer"] = candidates[best].tolist()
-        logged = pool(scored)
+        logged = candidate_metrics(scored)
     from_buffer = round(args.rho * args.questions)  # rho N_l
     chosen = rng.choice(state["buffer"], from_buffer, replace=False)
     return sample(with_uniform(chosen, args.questions, size, rng), args.rollouts), logged
@@ -98,7 +98,7 @@ def lilo(args, state, iteration, size, rng, sample):
     order = rng.permutation(size)[: args.max_candidates]
     drawn = draw_until(order, args, sample, enough=args.questions if args.stop_early else None)
     best = most(drawn.learnability(), args.questions, rng)
-    return drawn.take(best), pool(drawn)
+    return drawn.take(best), candidate_metrics(drawn)
 
 
 def dapo(args, state, iteration, size, rng, sample):
@@ -106,9 +106,9 @@ def dapo(args, state, iteration, size, rng, sample):
     neither solved by all attempts nor by none, in the order in which they come."""
     order = rng.permutation(size)[: args.max_candidates]
     drawn = draw_until(order, args, sample, enough=args.questions)
-    agrees = drawn.learnability() == 0
-    first = np.argsort(agrees, kind="stable")[: args.questions]  # those that agree come last
-    return drawn.take(first), pool(drawn)
+    unlearnable = drawn.learnability() == 0  # these come last
+    first = np.argsort(unlearnable, kind="stable")[: args.questions]
+    return drawn.take(first), candidate_metrics(drawn)
 
 
 def posterior(args, state, iteration, size, rng, sample):
@@ -125,12 +125,12 @@ def posterior(args, state, iteration, size, rng, sample):
     learnability, mean_i p_i (1 - p_i), the variance of p_i between questions is
     v = mu (1 - mu) - m, and a Beta of that mean and variance has nu = mu (1 - mu) / v - 1 = m / v.
     Chosen questions are no fair sample of their group, hence the weight 1 / (1 + s_i + f_i) of an
-    observation: what is news counts."""
+    observation: a question seen often counts little."""
     counts = np.array(state.setdefault("counts", [[0.0, 0.0]] * size))  # successes, failures
     groups, group_of = np.unique(state["groups"], return_inverse=True)
     # of each group: weighted sums of 1, success and learnability
     seen = np.array(state.setdefault("seen", [[0.0] * 3] * len(groups)))
-    # start from a flat guess, mu 1/2 and m 1/8; the whole counts as half a question in each group
+    # all groups together, and a guess (mu 1/2, m 1/8), count as half a question in each group
     whole = (seen.sum(0) + [1, 0.5, 0.125]) / (seen[:, 0].sum() + 1)
     _, mu, m = ((seen + 0.5 * whole) / (seen[:, :1] + 0.5)).T
     nu = np.clip(m / np.maximum(mu * (1 - mu) - m, 1e-3), 0.05, 20)
@@ -167,7 +167,8 @@ def train(args, signals=None):
     run.sample = Sampler(args, run)
     run.signals = signals or SimpleNamespace(came=[])
     before = job.start_or_resume(run, args)
-    result, log = before["greedy"], job.Log(run.out, args)
+    result = run.evaluate() if run.start else before["greedy"]  # of the model as it is now
+    log = job.Log(run.out, args)
     bar = progress_bar(run.out.name, args.iterations, "iteration", rank() == 0, run.start)
     run.signals.wait = True  # for the end of an iteration
     for iteration in range(run.start, args.iterations):
@@ -178,7 +179,7 @@ def train(args, signals=None):
         choose = CURRICULA[args.curriculum]
         batch, row = choose(args, run.state, iteration, run.size, run.rng, run.sample)
         rollouts = [rollout for group in batch.groups for rollout in group]
-        seconds = sum(call.seconds for call in run.sample.calls)
+        seconds = sum(sampled.seconds for sampled in run.sample.batches)
         row |= {"seconds_rollout": batch.seconds, "seconds_score": seconds - batch.seconds}
 
         # 2. credit: one advantage a response token
@@ -192,9 +193,9 @@ def train(args, signals=None):
             advantages, spent = monte_carlo_credit(args, run, batch)
             row |= spent
         elif args.algo in ("grpo", "rloo"):
-            scores = ppo.group_advantages(batch.rewards, how=args.algo)
-            advantages = ppo.per_token(rollouts, scores.flatten())
-        if args.algo in ("ppo", "vineppo"):
+            of_response = ppo.group_advantages(batch.rewards, how=args.algo)
+            advantages = ppo.per_token(rollouts, of_response.flatten())
+        if args.algo in ("ppo", "vineppo"):  # group advantages keep their formula's scale
             advantages = ppo.whiten(advantages)
         row["seconds_credit"] = time.perf_counter() - clock
 
@@ -202,7 +203,7 @@ def train(args, signals=None):
         clock = time.perf_counter()
         job.prepare_update(args, run.optimizer, iteration)
         ref_logprobs = None
-        if args.kl_coef > 0:
+        if args.kl_coef > 0 and args.algo not in sft.IMITATORS:
             ref_logprobs = ppo.rollout_logprobs(run.reference, rollouts, run.settings)
         elif args.kl_sample > 0:
             row["kl"] = job.kl_to_start(args, run, rollouts)
@@ -240,7 +241,7 @@ def train(args, signals=None):
 
 # ==================================================================================================
 # That is the method. Below: batches, sampling and credit; settings, the command line. What a run
-# is made of, its checkpoints and its log, is run.py.
+# is made of, its checkpoints and its log: job.py.
 # ==================================================================================================
 
 
@@ -251,7 +252,7 @@ class Batch:
     questions: np.ndarray  # (Q,) which of the training questions
     groups: list  # Q lists of n Rollouts
     rewards: np.ndarray  # (Q, n)
-    seconds: float = 0.0  # what sampling them took
+    seconds: float = 0.0  # what sampling took; of a `take`n part, the whole
 
     def learnability(self):
         return learnability(self.rewards.sum(1), self.rewards.shape[1])  # (Q,)
@@ -271,18 +272,18 @@ def most(scores, k, rng):
 
 
 class Sampler:
-    """Samples responses to training questions and grades them. Keeps the calls of the iteration:
-    each has random numbers of its own, and they are what choosing questions cost."""
+    """Samples responses to training questions and grades them. Keeps the iteration's batches: how
+    many there are seeds the next one, and their tokens and seconds are what choosing cost."""
 
     def __init__(self, args, run):
         self.args, self.run = args, run
 
     def begin(self, iteration):
-        self.iteration, self.calls = iteration, []
+        self.iteration, self.batches = iteration, []
 
     def seed(self):
         """Depends on nothing but what it is for: a resumed run draws the same."""
-        return machine.seed_of(self.args.seed, self.iteration, len(self.calls))
+        return machine.seed_of(self.args.seed, self.iteration, len(self.batches))
 
     def __call__(self, chosen, n):
         start, run = time.perf_counter(), self.run
@@ -290,21 +291,20 @@ class Sampler:
         if self.args.algo == "rcrl" and self.iteration == 0:  # the tag is not learned yet
             prompts = [data.with_tag(run.tokenizer, prompt, None) for prompt in prompts]
         groups = generate(run.policy, prompts, n=n, seed=self.seed(), **run.generation)
-        rewards = run.grade(run.tokenizer, [run.questions[i] for i in chosen], groups)
+        rewards = run.rewards(run.tokenizer, [run.questions[i] for i in chosen], groups)
         batch = Batch(np.asarray(chosen), groups, rewards, time.perf_counter() - start)
-        self.calls.append(batch)
+        self.batches.append(batch)
         return batch
 
 
 def with_uniform(chosen, count, size, rng):
-    """Fill a batch up with questions drawn uniformly from those not in it: no question twice in one
-    iteration."""
+    """Fill a batch up with questions drawn uniformly from those not in it."""
     rest = np.setdiff1d(np.arange(size), chosen)
     others = rng.choice(rest, count - len(chosen), replace=False)
     return np.concatenate([chosen, others]).astype(int)
 
 
-def pool(batch):
+def candidate_metrics(batch):
     """What to log of questions that were sampled in order to choose."""
     successes = np.rint(batch.rewards.sum(1)).astype(int)
     histogram = np.bincount(successes, minlength=batch.rewards.shape[1] + 1).tolist()
@@ -335,7 +335,7 @@ def monte_carlo_credit(args, run, batch):
     advantages, spent = vineppo.mc_advantages(
         run.policy, run.tokenizer, questions, batch.groups, batch.rewards,
         mc_rollouts=args.mc_rollouts, max_steps=args.mc_max_steps or None, style=args.steps,
-        spend=args.mc_spend, score=run.grade, seed=run.sample.seed(), **run.generation,
+        spend=args.mc_spend, score=run.rewards, seed=run.sample.seed(), **run.generation,
     )  # fmt: skip
     names = ("mc_steps", "mc_filled", "mc_states", "mc_rollouts")
     logged = {name: spent[name] for name in names}
@@ -363,7 +363,8 @@ def imitate(args, run, batch):
 
 # --------------------------------------------------------------------------- settings
 
-# See machine.read_settings. Behind the comma: the papers' on GSM8K (arXiv 2502.12272, 2410.01679).
+# See machine.read_settings. Behind a comma: for data not made here, the papers' on GSM8K (arXiv
+# 2502.12272, 2410.01679).
 SETTINGS = """
 algo             ppo            ppo|vineppo|grpo|rloo|expert|rcrl what a reward is turned into
 curriculum       posterior,sfl  uniform|sfl|lilo|dapo|posterior how questions are chosen
@@ -403,7 +404,7 @@ max_ratio        10.0           0..   a minibatch with a larger mean ratio is sk
 max_grad_norm    1.0            0..   gradient norm that is clipped to
 
 mc_rollouts      9              1..   vineppo: fresh responses from each state (K)
-mc_max_steps     0              0..   vineppo: steps whose end is estimated; 0: 25, or 20 of math's
+mc_max_steps     0              0..   vineppo: steps whose end is estimated; 0: 25, or 20 of math
 mc_spend         all            all|bisect vineppo: estimate all states, or where values change
 steps            auto           auto|lines|math vineppo: steps are lines, sentences, as data has it
 
@@ -448,9 +449,8 @@ cache            runs/cache     -     where the tiny starting model is kept
 # The papers' runs. PPO by default; --algo vineppo is the other. What is not said is the table's.
 FAST = "--curriculum sfl --refresh_every 10 --candidates 256 --buffer_size 64"
 GSM8K = r"--dataset gsm8k --stop \n\n\nProblem:"
-MATH = (
-    r"--dataset math --stop \n\n\nProblem: --model realtreetune/rho-1b-sft-MATH --iterations 1000"
-)
+RHO = "realtreetune/rho-1b-sft-MATH"
+MATH = rf"--dataset math --stop \n\n\nProblem: --model {RHO} --iterations 1000"
 PRESETS = {
     "uniform-gsm8k": f"{GSM8K} --curriculum uniform",
     "sfl-gsm8k": f"{GSM8K} --curriculum sfl",
@@ -462,7 +462,7 @@ PRESETS = {
     "lilo-math": f"{MATH} --curriculum lilo",
     "grpo-orz": "--algo grpo --dataset orz --curriculum lilo",
 }
-# What is usual for who imitates: few rounds of many samples. Arithmetic and parity, other data.
+# What is usual for who imitates: few rounds of many samples. A pair: data made here, other data.
 ROUNDS = "--questions 256 --minibatch 64 --eval_every 1 --save_every 1"
 ROUNDS_OTHER = "--questions 1024 --lr 1e-5 --eval_every 1 --save_every 1"
 IMITATION = {
@@ -492,7 +492,7 @@ def anew(flags):
             raise ValueError(f"--preset {flags['preset']}: choose from {', '.join(PRESETS)}")
         preset = PRESETS[flags["preset"]].split()
         flags = machine.parse_flags(SETTINGS, "", preset) | flags  # what is given has the last word
-    other = flags.get("dataset", "arithmetic") not in data.MADE_HERE
+    other = flags.get("dataset", "arithmetic") not in data.MADE_HERE  # which of a pair
     usual = IMITATION.get(flags.get("algo"), ("", ""))[other].split()
     flags = machine.parse_flags(SETTINGS, "", usual) | flags
     defaults = {name: row[other] for name, row in machine.read_settings(SETTINGS).items()}
@@ -503,7 +503,9 @@ def main(argv=None):
     with machine.several_processes(), machine.signals_wait() as signals:
         [args] = machine.from_first_process([parse(argv) if rank() == 0 else None])
         if args.dry_run:
-            return rank() or print(job.dry_run(args))
+            if rank() == 0:
+                print(job.dry_run(args))
+            return
         try:
             before, after = train(args, signals)
         except (KeyboardInterrupt, machine.Stop) as end:

@@ -273,13 +273,8 @@ def tiny_tokenizer(dataset="arithmetic"):
 def tiny_model(tokenizer, seed):
     """A Llama of well under a million parameters, randomly initialised."""
     torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        **TINY_MODEL,
-    )
+    ids = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    config = LlamaConfig(vocab_size=len(tokenizer), bos_token_id=None, **ids, **TINY_MODEL)
     return LlamaForCausalLM(config)
 
 

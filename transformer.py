@@ -109,8 +109,8 @@ def attention(
         value = value.repeat_interleave(group, 1)
     else:  # one query a row: the heads that share a key head become its "time"
         query = query.reshape(batch, -1, group, dim)
-    whole = sliding_window is None or sliding_window >= time
-    causal = ACTIVE.prefill and softcap is None and whole
+    windowed = sliding_window is not None and sliding_window < time
+    causal = ACTIVE.prefill and softcap is None and not windowed
     bias = None if causal else ACTIVE.bias(sliding_window, query.dtype)
     if softcap is None and (query.is_cuda or ACTIVE.prefill):
         out = F.scaled_dot_product_attention(
@@ -230,7 +230,7 @@ def probe(model, vocab_size, time=8):
     random = torch.Generator().manual_seed(0)
     tokens = torch.randint(vocab_size, (2, time), generator=random).to(model.device)
     with serving(model):
-        whole = model(input_ids=tokens, use_cache=False).logits.float()  # (2, time, vocab)
+        plain = model(input_ids=tokens, use_cache=False).logits.float()  # (2, time, vocab)
     cache, got = SlotCache(2, time), []
     with serving(model, cache):
         prefill(model, cache, [tokens[0, :2].tolist(), tokens[1, :5].tolist()])
@@ -238,24 +238,22 @@ def probe(model, vocab_size, time=8):
         for position in torch.tensor([[2, 5], [3, 6], [4, 7]], device=model.device):
             cache.begin(position, time)
             got.append(decode(model, cache, tokens.gather(1, position[:, None])).float())
-    expected = torch.stack([whole[0, 2:5], whole[1, 5:8]])  # (2, 3, vocab)
+    expected = torch.stack([plain[0, 2:5], plain[1, 5:8]])  # (2, 3, vocab)
     error = (torch.stack(got, 1) - expected).abs().max().item()
     scale = expected.abs().max().item()
     if not error <= scale * (1e-3 if model.dtype == torch.float32 else 0.1):
         raise ValueError(f"its logits differ by {error:.2g} of {scale:.2g}")
 
 
-def set_step_sizes(engine, slots, columns):
-    """A CPU pays for every row and column of a step, and looks after each step which rows are done.
-    On CUDA one graph serves all sizes up to the next of a few, and the host looks now and then."""
-    engine.widths, engine.depths, engine.check_every = range(slots + 1), range(columns + 1), 1
-    engine.graphs = None
-    if engine.device.type == "cuda":
-        engine.widths = (slots // 8, slots // 4, slots // 2, slots)
-        depths = [64, 128, 256, 384, 512, *range(768, columns, 256)]
-        engine.depths = (*(d for d in depths if d < columns), columns)
-        engine.check_every = 8
-        engine.graphs = {}
+def step_sizes(device, slots, columns):
+    """Rows and columns that a step may have, after how many steps the host looks which rows are
+    done, and where graphs are kept. A CPU pays for every row and column, and looks each time. On
+    CUDA one graph serves all sizes up to the next of a few."""
+    if device.type != "cuda":
+        return range(slots + 1), range(columns + 1), 1, None
+    depths = [64, 128, 256, 384, 512, *range(768, columns, 256)]
+    depths = [depth for depth in depths if depth < columns]
+    return (slots // 8, slots // 4, slots // 2, slots), (*depths, columns), 8, {}
 
 
 def at_least(size, sizes):
@@ -263,12 +261,19 @@ def at_least(size, sizes):
     return sizes[bisect_left(sizes, min(size, sizes[-1]))]
 
 
-def decode_steps(engine, width, used, stop_ids, how):
+def decode_steps(engine, width, used, stop_ids, sampling):
     """A few decode steps. On CUDA they are replays of one graph: no launch overhead, and the host
     never waits."""
-    step = functools.partial(engine.step, width, used, stop_ids, how)
+    step = functools.partial(engine.step, width, used, stop_ids, sampling)
     if engine.graphs is not None:
-        key = (width, used, *stop_ids.tolist(), how.temperature, how.top_p, how.top_k)
+        key = (
+            width,
+            used,
+            *stop_ids.tolist(),
+            sampling.temperature,
+            sampling.top_p,
+            sampling.top_k,
+        )
         if key not in engine.graphs:
             engine.graphs[key] = capture(engine, step), stop_ids  # the graph reads them in place
         graph = engine.graphs[key][0]
@@ -474,7 +479,7 @@ def check_tokens(tokens, temperature):
     require(tokens.dim() == 2 and tokens.shape[1] > 1, message)
 
 
-# --------------------------------------------------------------------------- copies, parts
+# --------------------------------------------------------------------------- precision, parts
 
 
 def mixed_precision(model, dtype):

@@ -168,10 +168,9 @@ def state_rewards(
     `rollout.generate`. ValueError: a state that leaves nothing."""
     longest = max((start for _, _, start in states), default=0)
     if longest >= max_new_tokens:
-        raise ValueError(
-            f"no room for a rollout from a state {longest} tokens into its response: "
-            f"max_new_tokens={max_new_tokens} must be the limit that the response was sampled with"
-        )
+        limit = f"max_new_tokens={max_new_tokens} must be the limit it was sampled with"
+        state = f"a state {longest} tokens into its response"
+        raise ValueError(f"no room for a rollout from {state}: {limit}")
     if seed is not None:  # random numbers belong to (seed, request): else the responses' own again
         seed = seed_of(seed, 2410_01679, call)
     prefixes = [r.prompt + r.response[:start] for _, r, start in states]

@@ -961,16 +961,15 @@ def test_a_step_that_cannot_be_captured_runs_eagerly(monkeypatch, error):
     settings = {"max_new_tokens": 9, "seed": 1, "slots": 4, "stop_ids": [2]}
     expected = generate(model, make_prompts(), **settings)
     rollout.ENGINES.pop(model)
-    sizes = transformer.set_step_sizes
+    sizes = transformer.step_sizes
 
-    def with_graphs(engine, slots, columns):
-        sizes(engine, slots, columns)
-        engine.graphs = {}
+    def with_graphs(*given):
+        return *sizes(*given)[:3], {}
 
     def fail(*args, **kwargs):
         raise error
 
-    monkeypatch.setattr(transformer, "set_step_sizes", with_graphs)
+    monkeypatch.setattr(transformer, "step_sizes", with_graphs)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", fail)
     with pytest.warns(UserWarning, match="no CUDA graph, so decoding is slower"):
         assert generate(model, make_prompts(), **settings) == expected

@@ -337,7 +337,7 @@ IMITATION = """--curriculum uniform --questions 8 --epochs 2 --lr 1e-3 --iterati
 @pytest.mark.parametrize("algo", ["expert", "rcrl"])
 def test_imitators_in_the_same_loop(base, tmp_path, capsys, algo):
     out = tmp_path / "run"
-    rows = run(base, out, "--algo", algo, *IMITATION)
+    rows = run(base, out, "--algo", algo, "--kl_coef", "0.1", *IMITATION)  # no part of the loss
     kept = json.loads(checkpoint(out)["loop"])["curriculum"]["kept"]
     assert [row["iteration"] for row in rows] == [1, 2, 3]
     assert rows[-1]["kept"] == len(kept) and "kl" in rows[0] and "clip_fraction" not in rows[0]
@@ -432,7 +432,7 @@ def test_resume_is_exact(base, tmp_path, algo, curriculum):
 def test_a_kill_at_each_step_of_each_save(base, tmp_path):
     """The k-th attempt dies just before its k-th file is renamed into its place."""
     straight, killed = tmp_path / "a", tmp_path / "b"
-    expected = without_clocks(run(base, straight))
+    expected = without_clocks(run(base, straight, "--lr", "1e-2"))
     for attempt in itertools.count(1):
         with pytest.MonkeyPatch.context() as patch:
             interrupt(patch, machine, "put_in_place", call=attempt)
@@ -441,11 +441,15 @@ def test_a_kill_at_each_step_of_each_save(base, tmp_path):
                     rows = resume(killed)
                 else:
                     shutil.rmtree(killed, ignore_errors=True)  # nothing was saved
-                    rows = run(base, killed)
+                    rows = run(base, killed, "--lr", "1e-2")
                 break
             except SystemExit as end:
                 assert end.code == 130
     assert attempt > 8 and without_clocks(rows) == expected
+    evaluated = (straight / "evaluation.json").read_text()
+    assert (killed / "evaluation.json").read_text() == evaluated
+    resume(straight)  # which has ended: evaluated again, as it is now
+    assert (straight / "evaluation.json").read_text() == evaluated
     a, b = (weights(folder / "model") for folder in (straight, killed))
     assert all(torch.equal(a[name], b[name]) for name in a)
 
