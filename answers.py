@@ -16,12 +16,11 @@ import re
 import subprocess
 import sys
 import threading
-from collections import Counter
 from fractions import Fraction
 from functools import lru_cache
 from importlib.util import find_spec
 
-ANSWER_CHARS = 300
+ANSWER_CHARS = 300  # a longer answer is not read
 
 
 def braced(text):
@@ -46,11 +45,7 @@ def last_boxed(text):
 # A number, as people write one: a sign, thousands' commas, a fraction, a scale; words may stand
 # before it, and units behind.
 WHOLE = r"(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)"
-
-
 REAL = rf"(?:{WHOLE}(?:\.[0-9]+)?|\.[0-9]+)(?:[eE][+-]?[0-9]{{1,3}}(?![0-9]))?"
-
-
 NUMBER = re.compile(
     rf"""\s*(?P<before>[A-Za-z:.,'()\s]*?(?<![A-Za-z]\()(?<![A-Za-z.,]))
     (?P<sign>[-+−–]\s*|(?:minus|negative)\s+)?
@@ -60,25 +55,13 @@ NUMBER = re.compile(
     (?P<unit>(?:[\s()/.,'-](?:[A-Za-z\s()/.,'-]|(?<=[A-Za-z])(?:\s?\^[23]|[23²³])(?!\w))*)?)""",
     re.VERBOSE,
 )
-
-
 SCALES = {"hundred": 10**2, "thousand": 10**3, "million": 10**6, "billion": 10**9}
 SCALES |= {"trillion": 10**12, "k": 10**3, "K": 10**3, "M": 10**6, "B": 10**9}
-
-
-# What TeX and Markdown put around a number.
+# What TeX and Markdown put around a number: fractions, separators, currency, dress.
 PART = r"\s*(?:\{\s*([^{}]+)\}|([0-9]))"
-
-
 FRACTION = re.compile(r"\\[dt]?frac" + PART + PART)
-
-
 SEPARATOR = re.compile(r"\{,\}|,\\!|\\[,!](?=[0-9]{3}(?![0-9]))")  # 1{,}234  1,\!234  1\,234
-
-
 CURRENCY = re.compile(r"([-+]?)\s*\\?[$£€¥₹]")
-
-
 DRESS = re.compile(
     r"\\(?:text|mathrm|mathbf|textbf|mbox|left|right|displaystyle|quad)(?![A-Za-z])|\\[()\[\],;: !]"
     r"|\^\s*\{?\s*\\circ\s*\}?|(?<=[A-Za-z])\}(?=\^)|\\?%|(?<![0-9])[{}]|[}~`°](?![0-9])|\*\*"
@@ -147,8 +130,6 @@ OPERATIONS = [
     r"\\(?:lfloor|lceil|pmod|bmod|mod)(?![A-Za-z])|\|",
 ]
 OPERATIONS = [re.compile(pattern) for pattern in OPERATIONS]
-
-
 UNEXPANDED = OPERATIONS[3]
 
 
@@ -220,7 +201,7 @@ for line in sys.stdin:
 JUDGE_SECONDS = 6
 
 
-timeouts = Counter()  # {"timeouts": how often a judge was killed}
+timeouts = []  # what a judge was killed over
 
 
 class Judge:
@@ -239,7 +220,8 @@ class Judge:
                     f"math-verify does not start: try {sys.executable} -c 'import math_verify'"
                 )
         reply = self.ask(json.dumps([gold, answer]) + "\n", JUDGE_SECONDS)
-        timeouts["timeouts"] += not reply
+        if not reply:
+            timeouts.append((gold, answer))
         return reply == "1"
 
     def ask(self, line, seconds):

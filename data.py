@@ -67,14 +67,15 @@ def arithmetic(count, seed, levels, split="train"):
     rng = random.Random(seed)
     questions = {}
     for level, share in levels.items():
-        wanted = len(questions) + round(count * share / sum(levels.values()))
+        wanted = round(count * share / sum(levels.values()))
+        goal = len(questions) + wanted
         tries = 0
-        while len(questions) < wanted and tries < 100 * count:
+        while len(questions) < goal and tries < 100 * count:
             chain = draw_chain(rng, level)
-            if in_split("".join(map(str, chain)), split, ONE_IN):
+            if in_split("".join(map(str, chain)), split):
                 questions.setdefault(chain, worked(chain))
             tries += 1
-        if len(questions) < wanted:
+        if len(questions) < goal:
             what = f"{wanted} {split} questions of level {level}"
             raise ValueError(f"arithmetic has no {what}: ask for fewer")
     questions = list(questions.values())
@@ -119,7 +120,7 @@ ORZ_FILE = "orz_math_57k_collected.json"
 # name: hub id, configuration, split (or file) to train on and to test on, how answers are graded
 DATASETS = {
     "gsm8k": ("openai/gsm8k", "main", "train", "test", "number"),
-    "math": ("nlile/hendrycks-MATH-benchmark", None, "train", "test", "math"),  # 12,000; MATH-500
+    "math": ("nlile/hendrycks-MATH-benchmark", None, "train", "test", "math"),  # test: MATH-500
     "orz": ("Open-Reasoner-Zero/orz_math_57k_collection", None, ORZ_FILE, ORZ_FILE, "math"),
     "math500": ("HuggingFaceH4/MATH-500", None, None, "test", "math"),
     "college_math": ("di-zhang-fdu/College_Math_Test", None, None, "test", "math"),
@@ -147,11 +148,12 @@ def load_questions(dataset, split, *, data_dir=None, limit=None, seed=0, fields=
     check_names(names, split, data_dir)
     questions = []
     for name in names:
-        evaluation_only = name in DATASETS and DATASETS[name][2] is None
-        parts = ["train", "test"] if split == "all" and not evaluation_only else [split]
+        parts = ["train", "test"] if split == "all" else [split]
+        if name in DATASETS and DATASETS[name][2] is None:  # for evaluation only
+            parts = ["test"]
         for part in parts:
             if name == "arithmetic":
-                questions += arithmetic(POOL_SIZES[part], part, levels_of(part), part)
+                questions += arithmetic(POOL_SIZES[part], part, levels_of(part), split=part)
                 continue
             if name == "parity":
                 questions += parity(PARITY_SIZES[part], part, bits or BITS, part)
@@ -163,21 +165,22 @@ def load_questions(dataset, split, *, data_dir=None, limit=None, seed=0, fields=
                 for row in parse_rows(rows, known and known[-1], fields or {})
             ]
             if one_piece:
-                questions += [q for q in found if in_split(q.question, split, ONE_IN)]
+                questions += [q for q in found if in_split(q.question, split)]
                 break  # `all` has them now
             questions += found
-    if limit is None and questions:
+    if not questions:
+        raise ValueError(f"{dataset} has no {split} questions")
+    if limit is None:
         return questions
-    limit = 1 if limit is None else limit
     if not 1 <= limit <= len(questions):
         there = f"the {split} split of {dataset} has {len(questions)}"
         raise ValueError(f"cannot take {limit} questions: {there}")
     return [questions[i] for i in sorted(random.Random(seed).sample(range(len(questions)), limit))]
 
 
-def in_split(text, split, one_in):
+def in_split(text, split):
     """Is this question of the split? crc32 decides: Python's own hash differs in each process."""
-    return split == "all" or (zlib.crc32(text.encode()) % one_in == 0) == (split == "test")
+    return split == "all" or (zlib.crc32(text.encode()) % ONE_IN == 0) == (split == "test")
 
 
 # --------------------------------------------------------------------------- text and tokens
@@ -259,7 +262,7 @@ def parity(count, seed, bits=BITS, split="train"):
     wanted = min(count, int(2**bits * share / 2))  # of few bits there are not so many
     while len(texts) < wanted:
         text = f"{rng.getrandbits(bits):0{bits}b}"
-        if in_split(text, split, ONE_IN):
+        if in_split(text, split):
             texts.add(text)
     return [bit_question(text) for text in sorted(texts)]
 
@@ -270,11 +273,6 @@ def bit_question(text):
     running = "".join(str(text[:end].count("1") % 2) for end in range(1, len(text) + 1))
     solution = f"{running}#### {running[-1]}"
     return Question(f"{text}\n", running[-1], solution, "number", len(text), bare)
-
-
-def short_solution(question):
-    """The answer at once."""
-    return f"#### {question.answer}"
 
 
 # --------------------------------------------------------------------------- tags
@@ -327,9 +325,9 @@ def check_names(names, split, data_dir):
         known = name in MADE_HERE or name in DATASETS or is_hub_id(name)
         path = Path(name)
         if not known and not (path.exists() or path.suffix in SUFFIXES or len(path.parts) > 1):
-            names = ", ".join([*MADE_HERE, *DATASETS])
+            known = ", ".join([*MADE_HERE, *DATASETS])
             file = "a .jsonl, .json or .parquet file or of a folder with train and test files"
-            way_out = f"give {names}, OWNER/NAME on the hub, or the path of {file}"
+            way_out = f"give {known}, OWNER/NAME on the hub, or the path of {file}"
             raise ValueError(f"unknown data set {name!r}: {way_out}")
         if name in DATASETS and split == "train" and DATASETS[name][2] is None:
             raise ValueError(f"{name} has no questions to train on: it is for evaluation")

@@ -1,4 +1,4 @@
-"""When an answer is right, how good a model is, and what a run looked like.
+"""When an answer is right, and how good a model is.
 
     python eval.py --model runs/sfl                              # greedy accuracy, by difficulty
     python eval.py --model HUB_ID_OR_DIR --dataset gsm8k --samples 16    # + mean, pass@k, maj@16
@@ -9,10 +9,10 @@ judge. It reads the last answer that a response commits to. It is the part of th
 policy is paid to fool, so it is strict where leniency could be farmed:
 
     question 37+26-12 (mod 97), gold answer 51
-    37+26=63\n63-12=51\n#### 51     1
+    37+26=63\\n63-12=51\\n#### 51     1
     #### 51 or 52                   0   however right one of them is
     #### 63-12                      0   the question, said again
-    37+26=63\n63-12=5               0   cut off by the length limit
+    37+26=63\\n63-12=5               0   cut off by the length limit
 
 Whatever text comes in, it is never executed and cannot hang the run.
 
@@ -48,9 +48,9 @@ from rollout import StopText, generate
 # --------------------------------------------------------------------------- when is it right?
 
 # What announces an answer. Of several the LAST is the commitment, as in VinePPO and verl for ####
-# and in Minerva for \boxed (lm-evaluation-harness takes the first ####): a model that corrects
-# itself means its last word, and a list of guesses counts as one guess. On GSM8K this is the
-# harness' strict match but for two things: it takes the first ####, and tells 18.0 from 18.
+# and in Minerva for \boxed: a model that corrects itself means its last word, and a list of guesses
+# counts as one guess. On GSM8K this is the strict match of lm-evaluation-harness but for two
+# things: the harness takes the first ####, and tells 18.0 from 18.
 MARKER = re.compile(
     r"(?:####|\\(?:boxed|fbox)\s{0,3}\{|\banswer\s{0,3}(?:is\b(?!\s{0,3}not\b)|[:=])\s{0,3}:?)"
     r"\s{0,9}",
@@ -178,9 +178,9 @@ def evaluate(
     levels = {question.level for question in questions} - {None}
     result["by_level"] = {}
     for level in sorted(levels, key=lambda level: (isinstance(level, str), level)):
-        mean, se = mean_and_se(success[[q.level == level for q in questions]])
-        count = sum(q.level == level for q in questions)
-        result["by_level"][level] = {"n": count, "accuracy": mean, "se": se}
+        of_level = success[[q.level == level for q in questions]]
+        mean, se = mean_and_se(of_level)
+        result["by_level"][level] = {"n": len(of_level), "accuracy": mean, "se": se}
     result["response_length"] = float(np.mean([row["tokens"] for row in responses]))
     result["finished"] = float(np.mean([row["finished"] for row in responses]))
     result["fingerprint"] = zlib.crc32("".join(q.prompt + q.answer for q in questions).encode())
@@ -242,7 +242,7 @@ SETTINGS = """
 model            -              -     a model's folder, a run's folder, or a hub id
 plot             -              +     draw these training runs instead
 dataset          arithmetic     -     data sets' names, by commas, or a file's or folder's path *
-bits             24             2..60 parity: bits of a question *
+bits             24             5..60 parity: bits of a question *
 data_dir         -              -     a folder with the named data sets' files, not the hub *
 question_field   -              -     the rows' name for the question; usual ones are found *
 answer_field     -              -     and for the answer *
@@ -280,7 +280,8 @@ def settings_for(flags):
         used = json.loads((run / "config.json").read_text())
         trained_on = used["dataset"]
         if flags.get("dataset", trained_on) != trained_on:
-            used.pop("data_dir")  # that was another's
+            for another in ("data_dir", "question_field", "answer_field"):
+                used.pop(another, None)
         settings |= {name: used[name] for name in OF_THE_RUN if name in used}
     settings |= flags
     if Path(settings["dataset"]).is_file() and settings["dataset"] != trained_on:

@@ -67,8 +67,8 @@ def setup(args):
         how = {"bits": args.bits, "p_cot": args.p_cot, "progress": show}
         base = sft.tiny_base(args.cache, args.dataset, **how)
     saved = out / "model"
-    whole = (saved / "config.json").exists()  # which comes last
-    policy, tokenizer = machine.load_model(saved if whole else base, device=device)
+    is_saved = (saved / "config.json").exists()  # which `save_model` writes last
+    policy, tokenizer = machine.load_model(saved if is_saved else base, device=device)
     reference = None
     dtype = reference_dtype(args, half)
     if dtype is not None:
@@ -127,15 +127,16 @@ def setup(args):
         )  # fmt: skip
         return {**result, "responses": result["responses"][:3]}
 
-    # an update of one step: the critic learns in the pass that reads its values
-    one_step = args.epochs == 1 and args.questions * args.rollouts <= args.minibatch
+    # an update of one step: the critic learns in the pass that reads its values; not with
+    # --offload_optimizer, which frees the KV cache only behind that pass
+    one_pass = args.epochs == 1 and args.questions * args.rollouts <= args.minibatch
+    one_pass = one_pass and not args.offload_optimizer
     return SimpleNamespace(
         out=out,
         policy=policy,
         tokenizer=tokenizer,
         critic=critic,
-        one_pass=one_step
-        and not args.offload_optimizer,  # with it the KV cache goes only behind this pass
+        one_pass=one_pass,
         reference=reference,
         optimizer=optimizer,
         settings=settings,
@@ -155,7 +156,9 @@ def setup(args):
 
 def group_of(question, prompt):
     """What stands for a question's difficulty: its level, else its prompt's length."""
-    return str(question.level or f"length {4 * math.log2(len(prompt)):.0f}")
+    if question.level is not None:
+        return str(question.level)
+    return f"length {4 * math.log2(len(prompt)):.0f}"  # in quarters of an octave
 
 
 def uses_bfloat16(args, device):
@@ -164,8 +167,8 @@ def uses_bfloat16(args, device):
 
 
 def reference_dtype(args, half):
-    """Of the frozen reference's weights; None: the run needs none. Nobody trains it: half the bytes
-    do, unless a round of imitation starts from them."""
+    """The frozen reference's dtype; None: the run needs none. It is not trained, so bfloat16 will
+    do, unless a round of imitation starts from it."""
     if args.algo in sft.IMITATORS:
         return "float32"
     if args.kl_coef == 0 and args.kl_sample == 0:
@@ -176,8 +179,8 @@ def reference_dtype(args, half):
 def fitting(args, tokenizer, policy, questions, which):
     """(questions, prompts). One that does not fit the context: ValueError, or with --skip_long it
     is left out."""
-    positions = getattr(policy.config, "max_position_embeddings", None) or args.context
-    limit = min(args.context, positions)
+    positions = transformer.longest_context(policy.config.get_text_config())
+    limit = min(args.context, positions or args.context)
     prompts = data.encode_prompts(tokenizer, questions, chat=args.chat)
     long = {i for i, prompt in enumerate(prompts) if len(prompt) + args.max_new_tokens > limit}
     if long and not args.skip_long:
@@ -192,7 +195,7 @@ def fitting(args, tokenizer, policy, questions, which):
     if not keep:
         room = f"the context of {limit} with --max_new_tokens {args.max_new_tokens}"
         raise ValueError(f"no {which} question fits {room}: lower it")
-    if long:
+    if long and rank() == 0:
         left_out = f"left out {len(long)} of {len(prompts)} {which} questions"
         print(f"{left_out}, too long for {limit} tokens", file=sys.stderr)
     return [questions[i] for i in keep], [prompts[i] for i in keep]
@@ -268,8 +271,8 @@ def load_state(run):
 
 
 def shares(rewards):
-    """Of questions, rewards (questions, n) of 0 and 1: the shares solved by all attempts, by none,
-    and by some: the learnable ones."""
+    """Shares of the questions that all their responses solved, none, or some: the learnable ones.
+    rewards: (questions, n), 0 or 1."""
     success = rewards.mean(1)
     by_all, by_none = float((success == 1).mean()), float((success == 0).mean())
     some = float(((success > 0) & (success < 1)).mean())
@@ -289,7 +292,7 @@ def batch_metrics(run, iteration, batch, rollouts):
         "reward_mean": float(batch.rewards.mean()),
         **shares(batch.rewards),
         "response_length": float(np.mean([len(r.response) for r in rollouts])),
-        "grading_timeouts": answers.timeouts["timeouts"],  # since the start
+        "grading_timeouts": len(answers.timeouts),  # since the start
         "truncated": float(np.mean([not r.finished for r in rollouts])),
         "entropy": float(-logprobs.mean()),  # unbiased, where top-p truncates nothing
         "lr": run.optimizer.param_groups[0]["lr"],
@@ -389,16 +392,17 @@ def reason_to_stop(run):
 
 def kl_to_start(args, run, rollouts):
     """k3 a token of a few of the rollouts, when the loss does not need it."""
-    some = rollouts[:: max(1, len(rollouts) // args.kl_sample)]
+    some = rollouts[:: -(-len(rollouts) // args.kl_sample)]
     ref = torch.cat(ppo.rollout_logprobs(run.reference, some, run.settings))
     sampled = torch.tensor([x for rollout in some for x in rollout.logprobs])
     return float(ppo.kl_k3(ref, sampled).mean())
 
 
 def prepare_update(args, optimizer, iteration):
-    """Linear warm-up; then constant, or (linear) down to 0 behind the last iteration."""
+    """The learning rates: linear warm-up; then constant, or (linear) down to 0 behind the last
+    iteration. With --offload_optimizer the KV cache goes."""
     if args.offload_optimizer:
-        ENGINES.clear()  # memory is tight: before an update the cache of keys and values goes
+        ENGINES.clear()  # memory is tight
     warm = args.warmup * args.iterations
     share = min(1.0, (iteration + 1) / max(1, warm))
     if args.lr_schedule == "linear":
@@ -451,6 +455,7 @@ CHANGEABLE += ("gradient_checkpointing", "offload_optimizer", "fsdp", "data_dir"
 
 
 def resumed(flags):
+    """The settings of the run in --resume, with what may change changed."""
     out = Path(flags["resume"])
     try:
         saved = json.loads((out / "config.json").read_text())
@@ -458,12 +463,11 @@ def resumed(flags):
         raise ValueError(f"--resume {out}: no run there ({first_line(error)})") from error
     for name in flags.keys() - {"resume", *CHANGEABLE}:
         if saved.get(name) != flags[name]:
-            raise ValueError(
-                f"--{name} {flags[name]} cannot change on --resume (the run has "
-                f"{saved.get(name)}): leave it out, or start a new run with --out; these can: "
-                f"{', '.join(sorted(CHANGEABLE))}"
-            )
-    saved["fsdp"] = saved.get("fsdp", False) and many_processes()
+            limit = f"cannot change on --resume (the run has {saved.get(name)})"
+            way_out = "leave it out, or start a new run with --out; these can: "
+            way_out += ", ".join(sorted(CHANGEABLE))
+            raise ValueError(f"--{name} {flags[name]} {limit}: {way_out}")
+    saved["fsdp"] = saved.get("fsdp", False) and many_processes()  # one process needs no parts
     return SimpleNamespace(**saved | flags | {"out": str(out)})
 
 
@@ -473,10 +477,8 @@ def new_folder(args):
     names = (f"{name}-{i}" for i in itertools.count(1))
     out = Path(args.out or next(name for name in names if not Path(name).exists()))
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(
-            f"--out {out} holds something already: go on with that run by --resume {out}, or give "
-            "another --out"
-        )
+        way_out = f"go on with that run by --resume {out}, or give another --out"
+        raise ValueError(f"--out {out} holds something already: {way_out}")
     return str(out)
 
 
@@ -487,10 +489,8 @@ def check(args, size=None):
         raise ValueError("--temperature and --top_p must be above 0: training samples differ")
     compares = args.algo in ("grpo", "rloo") or args.curriculum in ("lilo", "dapo", "posterior")
     if compares and args.rollouts < 2:
-        raise ValueError(
-            f"--rollouts {args.rollouts}: {args.algo} with {args.curriculum} compares responses to "
-            "one question: give at least 2"
-        )
+        limit = f"{args.algo} with {args.curriculum} compares responses to one question"
+        raise ValueError(f"--rollouts {args.rollouts}: {limit}: give at least 2")
     if args.model == "tiny":
         sft.check_tiny(args)
     if args.fsdp and (args.offload_optimizer or args.algo in sft.IMITATORS):
@@ -525,22 +525,17 @@ def check_start(args, policy, tokenizer, questions, prompts, count=16):
     """ValueError, or a line on stderr, for what would train quietly on nonsense."""
     rows = len(policy.get_input_embeddings().weight)
     if len(tokenizer) > rows:
-        raise ValueError(
-            f"--model {args.model}: its tokenizer has {len(tokenizer)} tokens, its embedding "
-            f"{rows} rows: they are not of one model"
-        )
+        sizes = f"its tokenizer has {len(tokenizer)} tokens, its embedding {rows} rows"
+        raise ValueError(f"--model {args.model}: {sizes}: they are not of one model")
     if len(set(map(tuple, prompts))) == 1 < len({question.prompt for question in questions}):
-        raise ValueError(
-            "all prompts are alike: the chat template leaves the question out: give --chat off"
-        )
+        reason = "all prompts are alike: the chat template leaves the question out"
+        raise ValueError(f"{reason}: give --chat off")
     some = questions[:: max(1, len(questions) // count)]
     refused = [q for q in some if evaluation.grade(f"\\boxed{{{q.answer}}}", q) == 0]
     if len(refused) == len(some):
-        answer = refused[0].answer[:40]
-        raise ValueError(
-            f"no grader accepts the gold answers of {args.dataset} (such as {answer!r}), not even "
-            "themselves: give --answer_field the field with the bare answer"
-        )
+        golds = f"the gold answers of {args.dataset} (such as {refused[0].answer[:40]!r})"
+        way_out = "give --answer_field the field with the bare answer"
+        raise ValueError(f"no grader accepts {golds}, not even themselves: {way_out}")
     if rank() > 0:
         return
     if refused:

@@ -1,6 +1,6 @@
 """The machine under the scripts: processes, devices and memory, files, signals, command lines.
 
-Nothing here is about reinforcement learning, and a first reading can do without it. What it is for:
+A first reading can do without it; nothing here is about learning but `memory`'s estimate.
 
     several processes   torchrun starts them. All see the same questions, responses and rewards;
                         what is split is the work: requests, answers to grade, rows of a minibatch;
@@ -73,7 +73,7 @@ def all_shares(items):
 
 
 def all_sum(tensor):
-    """The sum over the processes."""
+    """The sum over the processes, in place."""
     if many_processes():
         dist.all_reduce(tensor)
     return tensor
@@ -184,6 +184,13 @@ def move_state(optimizer, device):
                 state[name] = tensor.to(device)
 
 
+def kv_numbers(config):
+    """Numbers in the keys and values of one token, in all layers."""
+    kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return 2 * config.num_hidden_layers * kv_heads * head_dim
+
+
 PROMPT = 256  # tokens of a question, taken to be the longest
 
 
@@ -193,9 +200,7 @@ def memory(args, model, half, reference):
     Activations are those of a Llama-like layer."""
     config = model.config.get_text_config()
     layers, hidden = config.num_hidden_layers, config.hidden_size
-    heads = config.num_attention_heads
-    kv_heads = getattr(config, "num_key_value_heads", None) or heads
-    kv = kv_heads * (getattr(config, "head_dim", None) or hidden // heads)
+    kv = kv_numbers(config) / 2 / layers
     inner = getattr(config, "intermediate_size", None) or 4 * hidden
     policy = 4 * sum(p.numel() for p in model.parameters())
     critic = 4 * sum(p.numel() for p in model.base_model.parameters()) * (args.algo == "ppo")
@@ -208,7 +213,7 @@ def memory(args, model, half, reference):
     activations = tokens * layers * kept
     if args.gradient_checkpointing:
         activations = tokens * (layers * 4 * hidden + kept)
-    cache = slots * (columns * 2 * layers * kv * width + 16 * config.vocab_size)
+    cache = slots * (columns * kv_numbers(config) * width + 16 * config.vocab_size)
     logits = 8 * min(tokens * config.vocab_size, 2**25)  # a chunk and its softmax
     decoder = policy / 2 if half else policy * args.fsdp  # a copy of the weights
     parts = dist.get_world_size() if args.fsdp and many_processes() else 1
@@ -262,8 +267,7 @@ def load_model(path, *, device="cpu", dtype="float32"):
 
 def save_model(model, tokenizer, folder, weights=None):
     """Model and tokenizer as `from_pretrained` loads them; weights: others than the model's own, by
-    name. Each file is written elsewhere and
-    renamed over the old one: an interruption leaves whole files."""
+    name. Each file is written elsewhere and renamed over the old one: whole at any moment."""
     folder = Path(folder)
     beside = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(beside, ignore_errors=True)
@@ -388,7 +392,7 @@ def parse_flags(table, description, argv=None):
 
     parser.error = fail
     for name, (small, large, allowed, text) in read_settings(table).items():
-        help = text if small in (None, False) else f"{text} (default {small}"
+        help = text if small is None or small is False else f"{text} (default {small}"
         if help != text:
             help += ")" if large in (small, None) else f"; other data sets {large})"
         help = help.replace("%", "%%")

@@ -34,7 +34,8 @@ def table(columns):
     lines.append(f"{'tokens':<20}{lengths}")
     for name in results[-1]:
         if "@" in name and not name.endswith("_se"):
-            lines.append(line(name, "", [(results[-1][name], results[-1][name + "_se"])]))
+            cell = line("", "", [(results[-1][name], results[-1][name + "_se"])]).strip()
+            lines.append(f"{name:<20}{cell:>{18 * len(results) - 1}}")
     return "\n".join(lines)
 
 

@@ -11,7 +11,7 @@ import logging
 import re
 from pathlib import Path
 
-from answers import last_boxed
+from answers import last_boxed, parse_number
 from machine import first_line
 
 # What rows call their parts, the likelier name first
@@ -25,12 +25,17 @@ def parse_rows(rows, kind, fields):
     """rows: [(where, row)] -> a dict of `data.Question`'s fields each, but the prompt. kind None:
     'number' if all of the answers are numbers, else 'math'."""
     parsed = [parse_row(where, row, fields) for where, row in rows]
-    odd = [i for i, row in enumerate(parsed) if not NUMBER.fullmatch(row["answer"])]
+    odd = [i for i, row in enumerate(parsed) if not is_number(row["answer"])]
     if odd and kind == "number":
         where, answer = rows[odd[0]][0], parsed[odd[0]]["answer"]
         raise ValueError(f"{where}: the answer {answer[:40]!r} is not a number")
     kind = kind or ("math" if odd else "number")
     return [{**row, "kind": kind} for row in parsed]
+
+
+def is_number(answer):
+    """Looks like one, and the grader reads it as one: not 36/2."""
+    return bool(NUMBER.fullmatch(answer)) and parse_number(answer) is not None
 
 
 def parse_row(where, row, fields):

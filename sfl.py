@@ -424,7 +424,7 @@ save_every       10,25          1..   iterations between two checkpoints
 
 preset           -              -     a paper's run by name; other flags change it
 dataset          arithmetic     -     names, joined by commas, or a file's or folder's path
-bits             24             2..60 parity: bits of a question
+bits             24             5..60 parity: bits of a question
 p_cot            0.25           0..1  parity: share of the demonstrations that are long
 data_dir         -              -     a folder with the named data set's files, instead of the hub
 question_field   -              -     the rows' name for the question; as usual: found by itself

@@ -57,18 +57,18 @@ from rollout import Rollout
 
 
 def train(
-    model, draw, *, steps, lr, warmup=0.03, settings=None, max_grad_norm=1.0, bar=None, keep=None
+    model, draw, *, steps, lr, warmup=0.03, settings=None, max_grad_norm=1.0, bar=None, file=None
 ):  # fmt: skip
     """`steps` of AdamW with linear warm-up and decay. draw() -> a batch of `Rollout`s to imitate.
     The loss is the mean of -log pi over the response tokens of the whole batch. settings: as
-    `ppo.update`'s, for micro-batches and precision. keep: a file from which the same call goes on
-    if this one is interrupted. Returns the losses, one a step."""
+    `ppo.update`'s, for micro-batches and precision. file: from it the same call goes on if this one
+    is interrupted. Returns the losses, one a step."""
     settings = settings or ppo.Settings()
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0, betas=(0.9, 0.95))
     warm = max(1, int(warmup * steps))
-    losses = load_kept(keep, model, optimizer)
+    losses = load_progress(file, model, optimizer)
     done = len(losses)
-    model.train()
+    ppo.no_dropout(model)
     for step in range(steps):
         batch = draw()  # also what was learned already: the random numbers go on
         if bar is not None:
@@ -89,8 +89,8 @@ def train(
         norm = ppo.step(model, optimizer, losses[-1], max_grad_norm)
         if not np.isfinite(norm):
             raise ValueError(f"the loss is {losses[-1]} at SFT step {step}: lower --lr {lr}")
-        if keep and ((step + 1) % 100 == 0 or step + 1 == steps):
-            save_kept(keep, model, optimizer, losses)
+        if file and ((step + 1) % 100 == 0 or step + 1 == steps):
+            save_progress(file, model, optimizer, losses)
     model.eval()
     return losses
 
@@ -99,6 +99,8 @@ def demonstrations(tokenizer, questions, texts, chat="auto"):
     """Prompt and text of each question as a `Rollout`, its stop token included: what SFT learns."""
     prompts = data.encode_prompts(tokenizer, questions, chat=chat)
     responses = [data.encode_response(tokenizer, text) for text in texts]
+    has_stop = tokenizer.eos_token_id is not None
+    machine.require(has_stop, "the tokenizer has no stop token: set tokenizer.eos_token")
     stop = [tokenizer.eos_token_id]
     return [Rollout(p, r + stop, [], True) for p, r in zip(prompts, responses)]
 
@@ -171,26 +173,26 @@ TINY_PARITY = {"stages": [[350, 4e-3]], "questions": 16000, "batch": 96, "warmup
 
 
 def demonstrated_chains(rng):
-    """None that is held out; many of one step, the others as long as wanted."""
+    """Chains of the training split: half of them of one step, the others of STEPS_WANTED."""
     chains = []
     while len(chains) < TINY["questions"]:
         one = rng.random() < TINY["one_step"]
         chain = data.draw_chain(rng, 1 if one else rng.choice(data.STEPS_WANTED))
-        if data.in_split("".join(map(str, chain)), "train", data.ONE_IN):
+        if data.in_split("".join(map(str, chain)), "train"):
             chains.append(chain)
     return chains
 
 
 def hurried(chains, hurry):
     """A demonstration of each chain that takes so many terms a line."""
-    haste = random.Random(TINY["seed"])
-    return [data.solve(chain, hurry, haste) for chain in chains]
+    rng = random.Random(TINY["seed"])
+    return [data.solve(chain, hurry, rng) for chain in chains]
 
 
 def long_or_short(questions, p_cot):
     """Parity's demonstrations: the long solution with probability p_cot, else the answer alone."""
-    haste = random.Random(TINY_PARITY["seed"])
-    return [q.solution if haste.random() < p_cot else data.short_solution(q) for q in questions]
+    rng = random.Random(TINY_PARITY["seed"])
+    return [q.solution if rng.random() < p_cot else f"#### {q.answer}" for q in questions]
 
 
 def draw_batch(examples, size, rng):
@@ -201,7 +203,8 @@ def tiny_base(cache, dataset="arithmetic", *, bits=data.BITS, p_cot=0.25, progre
     """The folder of a tiny base model under `cache`; trained if it is not there yet (a minute).
     bits, p_cot: parity's."""
     recipe = TINY if dataset == "arithmetic" else TINY_PARITY
-    key = json.dumps([recipe, TINY_MODEL, data.TERMS if recipe is TINY else [bits, p_cot]])
+    made_of = [data.TERMS, data.MODULUS, *data.STEPS_WANTED] if recipe is TINY else [bits, p_cot]
+    key = json.dumps([recipe, TINY_MODEL, data.ONE_IN, made_of])
     folder = Path(cache) / f"tiny-{dataset}-{hashlib.sha256(key.encode()).hexdigest()[:10]}"
     if (folder / "config.json").exists():
         return folder
@@ -221,10 +224,10 @@ def tiny_base(cache, dataset="arithmetic", *, bits=data.BITS, p_cot=0.25, progre
         for number, (steps, lr, texts) in enumerate(stages):
             examples = demonstrations(tokenizer, questions, texts)
             draw = partial(draw_batch, examples, recipe["batch"], rng)
-            keep = folder.with_name(f"{folder.name}.stage{number}")
-            keep.parent.mkdir(parents=True, exist_ok=True)
+            file = folder.with_name(f"{folder.name}.stage{number}")
+            file.parent.mkdir(parents=True, exist_ok=True)
             how = {"steps": steps, "lr": lr, "warmup": recipe["warmup"], "settings": SHORT}
-            train(model, draw, bar=bar, keep=keep, **how)
+            train(model, draw, bar=bar, file=file, **how)
     save_result(model, tokenizer, folder)
     return folder
 
@@ -278,30 +281,30 @@ def tiny_model(tokenizer, seed):
     return LlamaForCausalLM(config)
 
 
-def save_kept(keep, model, optimizer, losses):
+def save_progress(file, model, optimizer, losses):
     if rank() == 0:
         state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-        machine.save_state({**state, "losses": losses}, Path(keep))
+        machine.save_state({**state, "losses": losses}, Path(file))
 
 
-def load_kept(keep, model, optimizer):
+def load_progress(file, model, optimizer):
     """The losses so far, and model and optimizer as they were; [] where nothing was kept."""
-    if keep is None or not Path(keep).exists():
+    if file is None or not Path(file).exists():
         return []
     try:
-        state = torch.load(keep, map_location="cpu", weights_only=True)
+        state = torch.load(file, map_location="cpu", weights_only=True)
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         return state["losses"]
     except Exception as error:  # cut off, or of another model
         reason = machine.first_line(error)
-        raise ValueError(f"cannot go on from {keep} ({reason}): delete it to start anew") from error
+        raise ValueError(f"cannot go on from {file} ({reason}): delete it to start anew") from error
 
 
 # See machine.read_settings.
 SETTINGS = """
 dataset          arithmetic     -     a data set's names, or a file's or folder's path
-bits             24             2..60 parity: bits of a question
+bits             24             5..60 parity: bits of a question
 p_cot            0.25           0..1  parity: share of the demonstrations that are long
 data_dir         -              -     a folder with the named data set's files, not the hub
 model            tiny           -     tiny (of arithmetic, parity), a hub id or a model's folder
@@ -330,25 +333,26 @@ def main(argv=None):
     out = Path(args.out or f"runs/sft-{Path(args.dataset).stem}")
     if out.exists():
         raise ValueError(f"{out} exists already: give another folder with --out")
-    questions = data.load_questions(
-        args.dataset, "train", data_dir=args.data_dir, limit=args.limit or None, seed=args.seed
-    )
+    some = {"limit": args.limit or None, "seed": args.seed, "bits": args.bits}
+    questions = data.load_questions(args.dataset, "train", data_dir=args.data_dir, **some)
     questions = [q for q in questions if q.solution]
     if not questions:
         raise ValueError(f"{args.dataset} has no solutions to learn from: no field solution")
     model, tokenizer = machine.load_model(args.model, device=args.device)
-    data.stop_ids(model, tokenizer)
-    examples = demonstrations(tokenizer, questions, [q.solution for q in questions], args.chat)
+    texts = [q.solution for q in questions]
+    if args.dataset == "parity":
+        texts = long_or_short(questions, args.p_cot)
+    examples = demonstrations(tokenizer, questions, texts, args.chat)
     draw = epochs_of(examples, args.batch, np.random.default_rng(args.seed))
     steps = max(1, round(args.epochs * len(examples) / args.batch))
     half = torch.bfloat16 if model.device.type == "cuda" else None
     settings = ppo.Settings(tokens_per_microbatch=args.tokens_per_microbatch, autocast=half)
     # of these settings: an SFT with others starts anew
     key = hashlib.sha256(json.dumps(vars(args)).encode()).hexdigest()[:10]
-    keep = out.with_name(f"{out.name}.stage-{key}")
+    file = out.with_name(f"{out.name}.stage-{key}")
     out.parent.mkdir(parents=True, exist_ok=True)
     with progress_bar("SFT", steps, "step") as bar:
-        train(model, draw, steps=steps, lr=args.lr, settings=settings, bar=bar, keep=keep)
+        train(model, draw, steps=steps, lr=args.lr, settings=settings, bar=bar, file=file)
     save_result(model, tokenizer, out)
     print(f"wrote {out}")
 

@@ -3,6 +3,7 @@
 decoding        models call the attention function registered under the configured name, with
                 the `Cache` they are handed: both are ours, a table of slots, each row at its
                 own length (rollout.py says why). A probe finds models that these do not fit
+steps, graphs   how large a decode step is, CUDA graphs of it, how many slots there are
 log-probs       of a batch in little memory: the backbone, then the head a chunk at a time,
                 without the (batch, time, vocabulary) logits
 copies, parts   a copy in low precision to decode with; weights in parts (--fsdp)
@@ -23,7 +24,7 @@ from torch import nn
 from transformers import AttentionInterface
 from transformers.cache_utils import Cache
 
-from machine import free_memory, in_parts, require, whole
+from machine import free_memory, in_parts, kv_numbers, require, whole
 
 # --------------------------------------------------------------------------- decoding over slots
 
@@ -245,6 +246,9 @@ def probe(model, vocab_size, time=8):
         raise ValueError(f"its logits differ by {error:.2g} of {scale:.2g}")
 
 
+# --------------------------------------------------------------------------- steps, graphs, slots
+
+
 def step_sizes(device, slots, columns):
     """Rows and columns that a step may have, after how many steps the host looks which rows are
     done, and where graphs are kept. A CPU pays for every row and column, and looks each time. On
@@ -305,10 +309,9 @@ def choose_slots(model, columns, requests, kept=None):
     """As many slots as half the free memory holds, up to where more stop paying (measured by
     `tests/benchmark.py generation`). kept: a cache whose memory is ours to use again."""
     config = model.config.get_text_config()
-    kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    column = 2 * config.num_hidden_layers * kv_heads * head_dim * model.dtype.itemsize
-    row = columns * column + 16 * config.vocab_size  # bytes of cache, and of logits
+    row = (
+        columns * kv_numbers(config) * model.dtype.itemsize + 16 * config.vocab_size
+    )  # bytes of cache, and of logits
     most, free = 256, free_memory(model.device)
     if model.device.type == "cuda":
         most = 512

@@ -55,7 +55,6 @@ def mc_advantages(model, tokenizer, questions, rollouts, rewards, **settings):
         lengths = np.diff([*cuts, len(r.response)])  # in tokens, one a step
         per_token = np.repeat(step_advantages(value, reward), lengths)
         advantages.append(torch.from_numpy(per_token.astype(np.float32)))
-    stats["mc_value"] = float(np.mean([v for value in values for v in value])) if values else 0.0
     return advantages, stats
 
 
@@ -93,10 +92,6 @@ def mc_values(
     Returns starts, values: lists, one entry a rollout, question by question: token indices and
     floats, one a step. stats: a dict added to: the engine's counts and mc_steps, mc_filled (steps
     without an estimate), mc_states, mc_rollouts."""
-    if style == "auto":
-        style = "math" if questions and questions[0].kind == "math" else "lines"
-    if max_steps is None:
-        max_steps = 20 if style == "math" else 25  # the authors'
     check_mc(questions, rollouts, rewards, mc_rollouts, max_steps)
     # 1. the distinct states: starts of steps that differ in question or token prefix
     starts = []  # of each response: token indices
@@ -104,10 +99,13 @@ def mc_values(
     states = []  # (question, rollout, start)
     number_of = {}  # key of a state -> its number
     for question, group in zip(questions, rollouts):
+        lines_or_math = "math" if question.kind == "math" else "lines"
+        its_style = lines_or_math if style == "auto" else style
+        most = max_steps or (20 if its_style == "math" else 25)  # the authors'
         for r in group:
-            starts.append(step_starts(tokenizer, r.written(), style=style))
+            starts.append(step_starts(tokenizer, r.written(), style=its_style))
             paths.append([])
-            for start in starts[-1][: max_steps + 1]:
+            for start in starts[-1][: most + 1]:
                 key = question.answer, question.kind, tuple(r.prompt), tuple(r.response[:start])
                 if key not in number_of:
                     number_of[key] = len(states)
@@ -182,8 +180,7 @@ def state_rewards(
     for (_, r, start), group in zip(states, groups):
         before = r.response[:start]
         whole.append([replace(g, prompt=r.prompt, response=before + g.response) for g in group])
-    graded = score(tokenizer, [question for question, _, _ in states], whole)
-    return [row[: len(group)].tolist() for row, group in zip(graded, whole)]
+    return score(tokenizer, [question for question, _, _ in states], whole).tolist()
 
 
 # --------------------------------------------------------------------------- steps
@@ -238,7 +235,7 @@ NO_SENTENCE_END = re.compile(
     r"|^[^\S\n]*\d{1,3})\.$",  # 12. of a list
     re.MULTILINE,
 )
-# may open or close a formula, or is escaped
+# what may open or close a formula; and any escaped character
 TEX = re.compile(r"\\(?:begin|end)\{[A-Za-z]+\*?\}|\[/?asy\]|\\[^\n]|\$")
 PARTNER = {r"\[": r"\]", r"\(": r"\)", "[asy]": "[/asy]"}  # the last: MATH's drawings
 
@@ -326,7 +323,7 @@ def clean_prefixes(decode, ids, text, pieces):
 
 
 def check_mc(questions, rollouts, rewards, mc_rollouts, max_steps):
-    if mc_rollouts < 1 or max_steps < 1:
+    if mc_rollouts < 1 or (max_steps is not None and max_steps < 1):
         raise ValueError(f"mc_rollouts={mc_rollouts} and max_steps={max_steps} must be at least 1")
     sizes = [len(group) for group in rollouts]
     if len(questions) != len(rollouts) or sizes != [len(row) for row in rewards]:

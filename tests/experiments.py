@@ -162,7 +162,7 @@ def run_and_compare(args, title, arms, before, after=""):
 CHANGED = """
 import sys
 sys.path.insert(0, {folder!r})
-import data, sfl
+import data, machine, sfl
 data.LEARNABLE_SHARE = {share}
 questions_of = data.load_questions
 def without_levels(*args, **settings):

@@ -995,12 +995,3 @@ def test_the_second_card_is_the_current_one_while_it_serves(monkeypatch, llama):
     with rollout.serving(llama):
         assert entered == [second]
     assert entered == [second, "left"]
-
-
-def test_bars_in_a_log_file_write_few_lines(capsys):
-    with rollout.progress_bar("work", 20000, "step") as bar:
-        for i in range(20000):
-            bar.set_postfix(i=i, refresh=False)
-            bar.update()
-    lines = [line for line in capsys.readouterr().err.split("\n") if line.strip()]
-    assert 1 <= len(lines) <= 3 and all("\r" not in line.strip("\r") for line in lines)

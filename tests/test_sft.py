@@ -1,12 +1,13 @@
 """Next-token prediction learns what it is shown; the tiny base model is what it says it is."""
 
+import copy
 import re
 
 import numpy as np
 import pytest
 import torch
 from conftest import write_rows
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 import data
 import machine
@@ -178,7 +179,7 @@ def test_an_interrupted_training_goes_on(tokenizer, tmp_path):
                 raise KeyboardInterrupt
             return sft.draw_batch(batch, 4, rng)
 
-        losses = sft.train(model, draw, steps=120, lr=1e-3, keep=keep)
+        losses = sft.train(model, draw, steps=120, lr=1e-3, file=keep)
         return losses, model
 
     expected, straight = train(None)
@@ -192,6 +193,20 @@ def test_an_interrupted_training_goes_on(tokenizer, tmp_path):
     keep.write_bytes(keep.read_bytes()[:1000])
     with pytest.raises(ValueError, match="cannot go on from .*kept.*delete it"):
         train(keep)
+
+
+def test_no_dropout_in_a_later_round_either():
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=9, n_embd=8, n_layer=1, n_head=1))
+    shown = [Rollout([1, 2], [3, 4], [], True)]
+    first = sft.train(model, lambda: shown, steps=2, lr=0.0)
+    assert sft.train(model, lambda: shown, steps=2, lr=0.0) == first
+
+
+def test_demonstrations_need_a_stop_token():
+    tokenizer = copy.deepcopy(sft.tiny_tokenizer())
+    tokenizer.eos_token = None
+    with pytest.raises(ValueError, match="no stop token: set tokenizer.eos_token"):
+        sft.demonstrations(tokenizer, data.arithmetic(1, 0, {1: 1}), ["#### 1"])
 
 
 # --------------------------------------------------------------------------- imitating oneself

@@ -2,6 +2,7 @@
 
 import random
 import zlib
+from dataclasses import replace
 
 import experiments
 import numpy as np
@@ -362,6 +363,20 @@ def test_the_same_question_twice_and_another_answer(simulator, words):
     groups = [[written([2, 2, 4, 0])]] * 3
     mc_values(None, words, questions, groups, [[1]] * 3, max_new_tokens=LIMIT)
     assert simulator.calls[0]["prompts"] == [[1], [1, 2]] * 2
+
+
+def test_steps_follow_each_question_of_a_mixture(simulator, words, monkeypatch):
+    styles = []
+
+    def watched(tokenizer, ids, *, style):
+        styles.append(style)
+        return [0]
+
+    monkeypatch.setattr(vineppo, "step_starts", watched)
+    questions = [question(), replace(question(), kind="math")]
+    groups = [[written([2, 4, 0])], [written([2, 5, 0])]]
+    mc_values(None, words, questions, groups, [[1], [0]], max_new_tokens=LIMIT)
+    assert styles == ["lines", "math"]
 
 
 @pytest.mark.parametrize("reward, answer", [(1.0, 4), (0.0, 5)])
