@@ -50,7 +50,7 @@ def setup(args):
         device = f"cuda:{os.environ['LOCAL_RANK']}"
     if args.model == "tiny":
         torch.set_num_threads(min(2, torch.get_num_threads()))  # too small for more
-    half = torch.bfloat16 if uses_bfloat16(args, device) else None
+    autocast = torch.bfloat16 if uses_bfloat16(args, device) else None
 
     # questions
     fields = {name: getattr(args, f"{name}_field") for name in ("question", "answer", "solution")}
@@ -70,7 +70,7 @@ def setup(args):
     is_saved = (saved / "config.json").exists()  # which `save_model` writes last
     policy, tokenizer = machine.load_model(saved if is_saved else base, device=device)
     reference = None
-    dtype = reference_dtype(args, half)
+    dtype = reference_dtype(args, autocast)
     if dtype is not None:
         reference, its_tokenizer = machine.load_model(base, device=device, dtype=dtype)
         reference.requires_grad_(False)
@@ -99,7 +99,7 @@ def setup(args):
         policy.gradient_checkpointing_enable()
     critic = ppo.ValueModel(policy) if args.algo == "ppo" else None
     if args.fsdp:
-        transformer.shard(policy, decoder=half or policy.dtype)
+        transformer.shard(policy, decoder=autocast or policy.dtype)
         if critic is not None:
             transformer.shard(critic)
     parameters = [{"params": policy.parameters(), "lr": args.lr}]
@@ -112,11 +112,11 @@ def setup(args):
 
     # what each call of generate, update and evaluate is told
     sampling = {name: getattr(args, name) for name in ("max_new_tokens", "temperature", "top_p")}
-    serving = {"engine": args.engine, "slots": args.slots or None, "dtype": half}
+    serving = {"engine": args.engine, "slots": args.slots or None, "dtype": autocast}
     serving |= {"progress": sys.stderr.isatty() and rank() == 0, "stop_ids": stop_ids}
     names = ("temperature", "gamma", "lam", "clip", "value_clip", "kl_coef", "epochs", "minibatch")
     names += ("max_grad_norm", "max_ratio", "tokens_per_microbatch", "loss_average", "fsdp")
-    settings = ppo.Settings(autocast=half, **{name: getattr(args, name) for name in names})
+    settings = ppo.Settings(autocast=autocast, **{name: getattr(args, name) for name in names})
 
     def evaluate(samples=1, tokenizer=tokenizer):
         """Greedy on the held-out questions; with samples, at the training temperature."""
@@ -166,14 +166,14 @@ def uses_bfloat16(args, device):
     return args.dtype == "bfloat16" or (args.dtype == "auto" and device.startswith("cuda"))
 
 
-def reference_dtype(args, half):
+def reference_dtype(args, autocast):
     """The frozen reference's dtype; None: the run needs none. It is not trained, so bfloat16 will
     do, unless a round of imitation starts from it."""
     if args.algo in sft.IMITATORS:
         return "float32"
     if args.kl_coef == 0 and args.kl_sample == 0:
         return None
-    return "bfloat16" if half else "float32"
+    return "bfloat16" if autocast else "float32"
 
 
 def fitting(args, tokenizer, policy, questions, which):
@@ -422,7 +422,7 @@ def dry_run(args):
     from transformers import AutoConfig, AutoModelForCausalLM
 
     device = machine.pick_device(args.device)
-    half = uses_bfloat16(args, device)
+    bfloat16 = uses_bfloat16(args, device)
     if args.model == "tiny":
         model = sft.tiny_model(sft.tiny_tokenizer(args.dataset), 0)
     else:
@@ -433,7 +433,7 @@ def dry_run(args):
             raise ValueError(f"cannot read the config of {args.model!r}: {reason}") from error
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
-    owners = machine.memory(args, model, half, reference_dtype(args, half))
+    owners = machine.memory(args, model, bfloat16, reference_dtype(args, bfloat16))
     parameters = sum(p.numel() for p in model.parameters())
     lines = [f"{args.model}: {parameters / 1e6:,.1f} million parameters, {args.algo} on {device}"]
     for owner, size in [*owners.items(), ("together", sum(owners.values()))]:

@@ -171,8 +171,10 @@ def halve_when_full(settings, clear, fitted):
         settings.tokens_per_microbatch //= 2
         if clear is not None:
             clear()
-        half = settings.tokens_per_microbatch
-        warnings.warn(f"out of memory: going on with --tokens_per_microbatch {half}", stacklevel=2)
+        tokens = settings.tokens_per_microbatch
+        warnings.warn(
+            f"out of memory: going on with --tokens_per_microbatch {tokens}", stacklevel=2
+        )
         torch.cuda.empty_cache()
 
 
@@ -194,9 +196,9 @@ def kv_numbers(config):
 PROMPT = 256  # tokens of a question, taken to be the longest
 
 
-def memory(args, model, half, reference):
+def memory(args, model, bfloat16, reference):
     """{owner: bytes} in a process at the peak, which is in the update. model: may lie on the meta
-    device; half: are matrix products in bfloat16? reference: its dtype, None if there is none.
+    device; bfloat16: are matrix products in bfloat16? reference: its dtype, None if there is none.
     Activations are those of a Llama-like layer."""
     config = model.config.get_text_config()
     layers, hidden = config.num_hidden_layers, config.hidden_size
@@ -205,17 +207,17 @@ def memory(args, model, half, reference):
     policy = 4 * sum(p.numel() for p in model.parameters())
     critic = 4 * sum(p.numel() for p in model.base_model.parameters()) * (args.algo == "ppo")
     columns = -(-min(args.context, PROMPT + args.max_new_tokens) // 64) * 64
-    width = 2 if half else 4
-    slots = args.slots or min(512 if half else 256, args.questions * args.rollouts)
+    width = 2 if bfloat16 else 4
+    slots = args.slots or min(512 if bfloat16 else 256, args.questions * args.rollouts)
     # what a layer keeps for the backward pass, a token
-    kept = 4 * (9 * hidden + 4 * inner + 1.5 * kv) * (0.6 if half else 1)
+    kept = 4 * (9 * hidden + 4 * inner + 1.5 * kv) * (0.6 if bfloat16 else 1)
     tokens = args.tokens_per_microbatch
     activations = tokens * layers * kept
     if args.gradient_checkpointing:
         activations = tokens * (layers * 4 * hidden + kept)
     cache = slots * (columns * kv_numbers(config) * width + 16 * config.vocab_size)
     logits = 8 * min(tokens * config.vocab_size, 2**25)  # a chunk and its softmax
-    decoder = policy / 2 if half else policy * args.fsdp  # a copy of the weights
+    decoder = policy / 2 if bfloat16 else policy * args.fsdp  # a copy of the weights
     parts = dist.get_world_size() if args.fsdp and many_processes() else 1
     # --fsdp: embedding and head stay gathered for a pass, weights and gradient; and two layers
     tables = 4 * 2 * config.vocab_size * hidden

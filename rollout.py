@@ -535,8 +535,8 @@ def check_arguments(model, prompts, n, budgets, sampling, slots, engine):
             wrong = f"max_new_tokens={budget} must be at least 1 and n={count} at least 0"
             raise ValueError(f"prompt {i}: {wrong}")
         if limit and len(prompt) + budget > limit:
-            passes = f"with max_new_tokens={budget} it passes the model's {limit} positions"
-            raise ValueError(f"prompt {i} is {len(prompt)} tokens: {passes}; shorten one of them")
+            too_long = f"with max_new_tokens={budget} it passes the model's {limit} positions"
+            raise ValueError(f"prompt {i} is {len(prompt)} tokens: {too_long}; shorten one of them")
     sensible = sampling.temperature >= 0 and 0 < sampling.top_p <= 1 and sampling.top_k >= 0
     if not (sensible and (slots is None or slots >= 1)):
         given = f"temperature={sampling.temperature}, top_p={sampling.top_p}"

@@ -115,28 +115,29 @@ def posterior(args, state, iteration, size, rng, sample):
     """Learnability from training rollouts alone: nothing is sampled only to be scored.
 
     Question i has s_i successes and f_i failures, both multiplied by `memory` each iteration
-    because the policy they speak of is moving. Its success rate is Beta(a, b) with
-    a = nu mu + s_i, b = nu (1 - mu) + f_i, and a share rho of the questions is drawn in proportion
-    to the square of the expectation E[p (1 - p)] = a b / ((a + b) (a + b + 1)). Not the largest
-    ones: they would come again and again, and nothing would be learned about the others.
+    because the policy they speak of is moving. With the prior Beta(strength mean,
+    strength (1 - mean)) its success rate is Beta(alpha, beta), alpha = strength mean + s_i and
+    beta = strength (1 - mean) + f_i. A share rho of the questions is drawn in proportion to the
+    square of E[p (1 - p)] = alpha beta / ((alpha + beta) (alpha + beta + 1)). Not the largest ones:
+    they would come again and again, and nothing would be learned about the others.
 
-    The prior is that of the question's group (its level; unknown, the length of its prompt): mu,
-    the mean success, and nu, how much one question tells about the others. If m is the group's mean
-    learnability, mean_i p_i (1 - p_i), the variance of p_i between questions is
-    v = mu (1 - mu) - m, and a Beta of that mean and variance has nu = mu (1 - mu) / v - 1 = m / v.
-    Chosen questions are no fair sample of their group, hence the weight 1 / (1 + s_i + f_i) of an
-    observation: a question seen often counts little."""
+    The prior is that of the question's group (its level; unknown, the length of its prompt). If
+    its mean success is mean and its mean learnability, mean_i p_i (1 - p_i), is m, the variance of
+    p_i between questions is v = mean (1 - mean) - m, and the Beta of that mean and variance has
+    strength mean (1 - mean) / v - 1 = m / v. Chosen questions are no fair sample of their group,
+    hence the weight 1 / (1 + s_i + f_i) of an observation: a question seen often counts little."""
     counts = np.array(state.setdefault("counts", [[0.0, 0.0]] * size))  # successes, failures
     groups, group_of = np.unique(state["groups"], return_inverse=True)
     # of each group: weighted sums of 1, success and learnability
     seen = np.array(state.setdefault("seen", [[0.0] * 3] * len(groups)))
-    # all groups together, and a guess (mu 1/2, m 1/8), count as half a question in each group
+    # all groups together, and a guess (mean 1/2, m 1/8), count as half a question in each group
     whole = (seen.sum(0) + [1, 0.5, 0.125]) / (seen[:, 0].sum() + 1)
-    _, mu, m = ((seen + 0.5 * whole) / (seen[:, :1] + 0.5)).T
-    nu = np.clip(m / np.maximum(mu * (1 - mu) - m, 1e-3), 0.05, 20)
-    a = np.maximum((nu * mu)[group_of] + counts[:, 0], 1e-3)
-    b = np.maximum((nu * (1 - mu))[group_of] + counts[:, 1], 1e-3)
-    expected = a * b / ((a + b) * (a + b + 1))
+    _, mean, learnable = ((seen + 0.5 * whole) / (seen[:, :1] + 0.5)).T  # (groups,) each
+    variance = np.maximum(mean * (1 - mean) - learnable, 1e-3)
+    strength = np.clip(learnable / variance, 0.05, 20)
+    alpha = np.maximum((strength * mean)[group_of] + counts[:, 0], 1e-3)  # (questions,)
+    beta = np.maximum((strength * (1 - mean))[group_of] + counts[:, 1], 1e-3)
+    expected = alpha * beta / ((alpha + beta) * (alpha + beta + 1))
     odds = expected**2 / (expected**2).sum()
     chosen = rng.choice(size, round(args.rho * args.questions), replace=False, p=odds)
     chosen = with_uniform(chosen, args.questions, size, rng)

@@ -345,8 +345,8 @@ def main(argv=None):
     examples = demonstrations(tokenizer, questions, texts, args.chat)
     draw = epochs_of(examples, args.batch, np.random.default_rng(args.seed))
     steps = max(1, round(args.epochs * len(examples) / args.batch))
-    half = torch.bfloat16 if model.device.type == "cuda" else None
-    settings = ppo.Settings(tokens_per_microbatch=args.tokens_per_microbatch, autocast=half)
+    autocast = torch.bfloat16 if model.device.type == "cuda" else None
+    settings = ppo.Settings(tokens_per_microbatch=args.tokens_per_microbatch, autocast=autocast)
     # of these settings: an SFT with others starts anew
     key = hashlib.sha256(json.dumps(vars(args)).encode()).hexdigest()[:10]
     file = out.with_name(f"{out.name}.stage-{key}")
