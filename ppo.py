@@ -145,8 +145,8 @@ def update(
     optimizer: one for the parameters of policy and critic. Lists, a tensor a rollout: advantages;
     old_logprobs, of the policy that sampled (None: `sampled_logprobs`, or if there is but one step
     the new ones, so the ratio is 1); ref_logprobs, of the frozen reference, for kl_coef > 0; values
-    and returns. learned: see `critic_advantages`. rng: draws the
-    minibatches. The models are left in eval mode.
+    and returns. learned: see `critic_advantages`. rng: draws the minibatches. Leaves the models in
+    eval mode.
 
     The KL is summed over a response and averaged over responses, as in the authors' code.
     Micro-batches do not change a gradient, nor do several processes (torch.distributed), each of

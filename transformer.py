@@ -270,14 +270,7 @@ def decode_steps(engine, width, used, stop_ids, sampling):
     never waits."""
     step = functools.partial(engine.step, width, used, stop_ids, sampling)
     if engine.graphs is not None:
-        key = (
-            width,
-            used,
-            *stop_ids.tolist(),
-            sampling.temperature,
-            sampling.top_p,
-            sampling.top_k,
-        )
+        key = width, used, *stop_ids.tolist(), sampling.temperature, sampling.top_p, sampling.top_k
         if key not in engine.graphs:
             engine.graphs[key] = capture(engine, step), stop_ids  # the graph reads them in place
         graph = engine.graphs[key][0]
