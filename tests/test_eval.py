@@ -331,12 +331,14 @@ def test_a_runs_folder_is_evaluated_as_it_was_trained(tmp_path):
     (tmp_path / "model").mkdir()
     for file in (tmp_path / "config.json", tmp_path / "model" / "config.json"):
         used = {"dataset": "gsm8k", "data_dir": "d", "max_new_tokens": 77, "last_number": True}
-        file.write_text(json.dumps(used | {"chat": "off", "stop": "Q:"}))
+        used |= {"chat": "off", "stop": "Q:", "question_field": "its_own"}
+        file.write_text(json.dumps(used))
     args = evaluation.settings_for({"model": str(tmp_path)})
     assert (args.dataset, args.data_dir, args.max_new_tokens) == ("gsm8k", "d", 77)
     assert args.last_number and args.chat == "off" and args.stop == "Q:"
     other = evaluation.settings_for({"model": str(tmp_path), "dataset": "math500", "chat": "on"})
     assert (other.dataset, other.data_dir, other.chat) == ("math500", None, "on")
+    assert (args.question_field, other.question_field) == ("its_own", None)
 
 
 def test_the_protocol_of_vineppo():

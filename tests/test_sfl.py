@@ -17,10 +17,11 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, read_rows, small_llama, write_rows
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, Phi3Config
 
 import data
 import eval as evaluation
+import job
 import machine
 import report
 import sfl
@@ -565,6 +566,19 @@ def test_skip_long_leaves_long_questions_out(base, tmp_path, capsys):
     flags += ["--skip_long", "--eval_limit", "5", "--iterations", "1"]
     run(base, tmp_path / "run", *flags)
     assert "left out 1 of 12 training questions" in capsys.readouterr().err
+
+
+def test_what_is_too_long_is_what_the_engine_refuses(tokenizer):
+    rope = dict(type="longrope", short_factor=[1.0] * 4, long_factor=[2.0] * 4)
+    config = Phi3Config(
+        hidden_size=32, num_attention_heads=4, num_hidden_layers=1, pad_token_id=0,
+        original_max_position_embeddings=64, rope_scaling=rope,
+    )  # fmt: skip
+    policy = Namespace(config=config)
+    args = Namespace(context=256, max_new_tokens=60, skip_long=True, chat="off")
+    questions = [data.worked((5, *["+7"] * steps)) for steps in (1, 5)]  # of 4 and 12 tokens
+    kept, prompts = job.fitting(args, tokenizer, policy, questions, "training")
+    assert [q.level for q in kept] == [1] and len(prompts[0]) == 4
 
 
 # --------------------------------------------------------------------------- the command line

@@ -276,6 +276,17 @@ def test_parity_demonstrations_are_long_as_often_as_asked():
     assert all(text.endswith(f"#### {q.answer}") for text, q in zip(texts, questions))
 
 
+def test_parity_shown_to_another_model_follows_the_flags(tmp_path, monkeypatch):
+    tokenizer = sft.tiny_tokenizer("parity")
+    machine.save_model(sft.tiny_model(tokenizer, 0), tokenizer, tmp_path / "model")
+    shown = []
+    monkeypatch.setattr(sft, "train", lambda model, draw, **settings: shown.extend(draw()))
+    flags = "--dataset parity --bits 9 --p_cot 0 --batch 32".split()
+    sft.main([*flags, "--model", str(tmp_path / "model"), "--out", str(tmp_path / "out")])
+    assert {len(r.prompt) for r in shown} == {10}  # nine bits and a newline
+    assert {len(r.response) for r in shown} == {2}  # the answer at once, and the stop
+
+
 def test_the_parity_base_is_cached_by_its_settings(tmp_path, monkeypatch):
     monkeypatch.setitem(sft.TINY_PARITY, "stages", [[2, 1e-3]])
     monkeypatch.setitem(sft.TINY_PARITY, "questions", 50)
