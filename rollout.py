@@ -110,7 +110,7 @@ def generate(
     stats = {} if stats is None else stats
     if requests:
         decoder = transformer.low_precision_copy(model, dtype)
-        if engine == "slots":  # probed in the model's own precision; of parts, only the copy can be
+        if engine == "slots":  # of parts, only the copy can be probed
             transformer.check_servable(decoder if in_parts(model) else model)
     mine = share(requests)  # all of them, unless several processes share the work
     if mine:
@@ -396,7 +396,7 @@ def generate_slots(model, requests, slots, sampling, stats, bar):
             fits = kept and kept.weights_at == weights_at and kept.cache.slots >= slots
             if not (fits and kept.columns >= columns and kept.max_new >= max_new):
                 ENGINES.pop(model, None)
-                kept = None  # both, so that the old table is freed before the new one is made
+                kept = None  # both: the old table is freed before the new one is made
                 kept = ENGINES[model] = Engine(model, weights_at, slots, columns, max_new)
             with serving(model, kept.cache):
                 left = [request for request in requests if request.rollout is None]

@@ -130,7 +130,7 @@ def posterior(args, state, iteration, size, rng, sample):
     groups, group_of = np.unique(state["groups"], return_inverse=True)
     # of each group: weighted sums of 1, success and learnability
     seen = np.array(state.setdefault("seen", [[0.0] * 3] * len(groups)))
-    # all groups together, and a guess (mean 1/2, m 1/8), count as half a question in each group
+    # all groups, and a guess (mean 1/2, m 1/8), count as half a question in each
     whole = (seen.sum(0) + [1, 0.5, 0.125]) / (seen[:, 0].sum() + 1)
     _, mean, learnable = ((seen + 0.5 * whole) / (seen[:, :1] + 0.5)).T  # (groups,) each
     variance = np.maximum(mean * (1 - mean) - learnable, 1e-3)
@@ -168,7 +168,7 @@ def train(args, signals=None):
     run.sample = Sampler(args, run)
     run.signals = signals or SimpleNamespace(came=[])
     before = job.start_or_resume(run, args)
-    result = run.evaluate() if run.start else before["greedy"]  # of the model as it is now
+    result = run.evaluate() if run.start else before["greedy"]  # as it is now
     log = job.Log(run.out, args)
     bar = progress_bar(run.out.name, args.iterations, "iteration", rank() == 0, run.start)
     run.signals.wait = True  # for the end of an iteration
