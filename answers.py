@@ -196,11 +196,7 @@ for line in sys.stdin:
         same = False
     print(int(same), file=reply, flush=True)
 """
-
-
 JUDGE_SECONDS = 6
-
-
 timeouts = []  # what a judge was killed over
 
 

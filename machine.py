@@ -202,7 +202,8 @@ def memory(args, model, bfloat16, reference):
     Activations are those of a Llama-like layer."""
     config = model.config.get_text_config()
     layers, hidden = config.num_hidden_layers, config.hidden_size
-    kv = kv_numbers(config) / 2 / layers
+    column = kv_numbers(config)
+    kv = column / 2 / layers  # width of a layer's keys
     inner = getattr(config, "intermediate_size", None) or 4 * hidden
     policy = 4 * sum(p.numel() for p in model.parameters())
     critic = 4 * sum(p.numel() for p in model.base_model.parameters()) * (args.algo == "ppo")
@@ -215,7 +216,7 @@ def memory(args, model, bfloat16, reference):
     activations = tokens * layers * kept
     if args.gradient_checkpointing:
         activations = tokens * (layers * 4 * hidden + kept)
-    cache = slots * (columns * kv_numbers(config) * width + 16 * config.vocab_size)
+    cache = slots * (columns * column * width + 16 * config.vocab_size)
     logits = 8 * min(tokens * config.vocab_size, 2**25)  # a chunk and its softmax
     decoder = policy / 2 if bfloat16 else policy * args.fsdp  # a copy of the weights
     parts = dist.get_world_size() if args.fsdp and many_processes() else 1

@@ -65,14 +65,8 @@ def earlier_results(against, file):
 
 
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe-Ito
-
-
 SECONDS = ("seconds_score", "seconds_rollout", "seconds_credit", "seconds_update")
-
-
 TOKENS = ("tokens_generated", "tokens_scored", "tokens_credit")
-
-
 # What stands in the picture: a metric, against what was spent
 PANELS = """
 eval_accuracy    iteration   held-out accuracy

@@ -270,7 +270,8 @@ def decode_steps(engine, width, used, stop_ids, sampling):
     never waits."""
     step = functools.partial(engine.step, width, used, stop_ids, sampling)
     if engine.graphs is not None:
-        key = width, used, *stop_ids.tolist(), sampling.temperature, sampling.top_p, sampling.top_k
+        truncation = sampling.temperature, sampling.top_p, sampling.top_k
+        key = width, used, *sorted(sampling.stop_ids), *truncation
         if key not in engine.graphs:
             engine.graphs[key] = capture(engine, step), stop_ids  # the graph reads them in place
         graph = engine.graphs[key][0]
@@ -302,9 +303,8 @@ def choose_slots(model, columns, requests, kept=None):
     """As many slots as half the free memory holds, up to where more stop paying (measured by
     `tests/benchmark.py generation`). kept: a cache whose memory is ours to use again."""
     config = model.config.get_text_config()
-    row = (
-        columns * kv_numbers(config) * model.dtype.itemsize + 16 * config.vocab_size
-    )  # bytes of cache, and of logits
+    # bytes of cache, and of logits
+    row = columns * kv_numbers(config) * model.dtype.itemsize + 16 * config.vocab_size
     most, free = 256, free_memory(model.device)
     if model.device.type == "cuda":
         most = 512
