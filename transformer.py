@@ -12,6 +12,7 @@ copies, parts   a copy in low precision to decode with; weights in parts (--fsdp
 import contextlib
 import copy
 import functools
+import inspect
 import warnings
 import weakref
 from bisect import bisect_left
@@ -185,16 +186,24 @@ def prefill(model, cache, prompts):
     cache.begin(torch.arange(time, device=model.device), time, prefill=True)
     positions = cache.position[None]
     # the backbone alone: nobody reads the logits of a prompt
-    model.base_model(
-        input_ids=tokens, position_ids=positions, past_key_values=cache, use_cache=True
-    )
+    backbone = model.base_model
+    kept = {cache_keyword(backbone.__class__): cache}
+    backbone(input_ids=tokens, position_ids=positions, use_cache=True, **kept)
+
+
+@functools.cache
+def cache_keyword(model_class):
+    """What this class' forward calls the cache. transformers renames `past_key_values` to `cache`,
+    and drops the old name in 5.40; code written for an older one may know only that."""
+    names = inspect.signature(model_class.forward).parameters
+    return "past_key_values" if "past_key_values" in names else "cache"
 
 
 def decode(model, cache, tokens):
     """A decode step's forward at `cache.position`. tokens: (rows, 1) -> logits (rows, vocab)."""
     positions = cache.position[:, None]
-    out = model(input_ids=tokens, position_ids=positions, past_key_values=cache, use_cache=True)
-    return out.logits[:, 0]
+    kept = {cache_keyword(model.__class__): cache}
+    return model(input_ids=tokens, position_ids=positions, use_cache=True, **kept).logits[:, 0]
 
 
 SERVABLE = weakref.WeakSet()  # models that passed `check_servable`

@@ -711,7 +711,8 @@ def test_out_of_memory_halves_the_slots(monkeypatch, llama):
                 UserWarning, match="out of memory: going on with (12|6) slots"
             ) as record:
                 got = generate(llama, prompts, slots=24, stats=stats, **settings)
-            assert len(record) == 2 and stats["slots"] == 6
+            ours = [w for w in record if "out of memory" in str(w.message)]
+            assert len(ours) == 2 and stats["slots"] == 6
             assert responses(got) == responses(expected)
             assert stats["tokens_generated"] == sum(len(r.response) for g in got for r in g)
     with monkeypatch.context() as patch:
