@@ -22,7 +22,7 @@ import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
-from rows import SUFFIXES, is_hub_id, parse_rows, rows_of
+from plumbing.rows import SUFFIXES, is_hub_id, parse_rows, rows_of
 
 PLAIN_PROMPT = "[MATH_TASK] Problem:\n{question}\n\nSolution:"  # the papers': VinePPO, SFL
 CHAT_INSTRUCTION = "Reason step by step and end with the final answer in \\boxed{}."

@@ -38,11 +38,11 @@ import numpy as np
 import torch
 
 import data
-import machine
-from answers import ANSWER_CHARS, braced, judges, parse_number, same_math, set_judges, vote
 from data import decode_response
-from machine import all_sum, share
-from report import earlier_results, plot, table
+from plumbing import checkpoint, commands
+from plumbing.answers import ANSWER_CHARS, braced, judges, parse_number, same_math, set_judges, vote
+from plumbing.processes import all_sum, share
+from plumbing.report import earlier_results, plot, table
 from rollout import StopText, generate
 
 # --------------------------------------------------------------------------- when is it right?
@@ -237,7 +237,7 @@ def check_evaluate(questions, samples, temperature):
 # --------------------------------------------------------------------------- the command line
 
 
-# See machine.read_settings. A * means: of a run's folder, what the run used.
+# See commands.read_settings. A * means: of a run's folder, what the run used.
 SETTINGS = """
 model            -              -     a model's folder, a run's folder, or a hub id
 plot             -              +     draw these training runs instead
@@ -271,7 +271,7 @@ OF_THE_RUN += ("last_number", "chat", "bits")
 
 def settings_for(flags):
     """All settings; where a run's folder is given, it is evaluated as it was trained."""
-    settings = {name: row[0] for name, row in machine.read_settings(SETTINGS).items()}
+    settings = {name: row[0] for name, row in commands.read_settings(SETTINGS).items()}
     if flags.get("protocol") == "vineppo":
         settings["samples"] = 16
     run = Path(flags["model"])
@@ -287,7 +287,7 @@ def settings_for(flags):
     if Path(settings["dataset"]).is_file() and settings["dataset"] != trained_on:
         settings["split"] = flags.get("split", "all")
     args = SimpleNamespace(**settings)
-    machine.check_settings(SETTINGS, args)
+    commands.check_settings(SETTINGS, args)
     if args.samples == 1 and {"temperature", "top_p"} & flags.keys():
         raise ValueError("--temperature and --top_p are for several samples: give --samples too")
     return args
@@ -324,7 +324,7 @@ def print_comparison(earlier, name, results):
 
 
 def main(argv=None):
-    flags = machine.parse_flags(SETTINGS, "Evaluate a checkpoint, or draw training runs.", argv)
+    flags = commands.parse_flags(SETTINGS, "Evaluate a checkpoint, or draw training runs.", argv)
     if "plot" in flags:
         out = Path(flags.get("out") or Path(flags["plot"][0], "curves.png"))
         if out.suffix != ".png":
@@ -339,7 +339,7 @@ def main(argv=None):
     file = f"eval_{datasets}_{args.split}.json"
     earlier = earlier_results(args.against, file) if args.against else {}
     set_judges(args.judges)
-    model, tokenizer = machine.load_model(args.model, device=args.device, dtype=args.dtype)
+    model, tokenizer = checkpoint.load_model(args.model, device=args.device, dtype=args.dtype)
     evaluations = {}
     samples = []
     for name in args.dataset.split(","):
@@ -361,4 +361,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    machine.command_line(main)
+    commands.command_line(main)

@@ -26,14 +26,14 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-import answers
 import data
 import eval as evaluation
-import machine
 import ppo
 import sft
-import transformer
-from machine import Stop, all_sum, first_line, many_processes, rank, write
+from plumbing import answers, checkpoint, memory, processes
+from plumbing.checkpoint import write
+from plumbing.commands import Stop, first_line
+from plumbing.processes import all_sum, many_processes, rank
 from rollout import ENGINES
 
 # --------------------------------------------------------------------------- setting up
@@ -45,7 +45,7 @@ def setup(args):
     out = Path(args.out)
     answers.set_judges(args.judges)
     answers.timeouts.clear()  # the metrics count this run's
-    device = machine.pick_device(args.device)
+    device = memory.pick_device(args.device)
     if device == "cuda" and many_processes():
         device = f"cuda:{os.environ['LOCAL_RANK']}"
     if args.model == "tiny":
@@ -68,11 +68,11 @@ def setup(args):
         base = sft.tiny_base(args.cache, args.dataset, **how)
     saved = out / "model"
     is_saved = (saved / "config.json").exists()  # which `save_model` writes last
-    policy, tokenizer = machine.load_model(saved if is_saved else base, device=device)
+    policy, tokenizer = checkpoint.load_model(saved if is_saved else base, device=device)
     reference = None
     dtype = reference_dtype(args, autocast)
     if dtype is not None:
-        reference, its_tokenizer = machine.load_model(base, device=device, dtype=dtype)
+        reference, its_tokenizer = checkpoint.load_model(base, device=device, dtype=dtype)
         reference.requires_grad_(False)
     untagged = tokenizer
     if args.algo == "rcrl":
@@ -99,16 +99,16 @@ def setup(args):
         policy.gradient_checkpointing_enable()
     critic = ppo.ValueModel(policy) if args.algo == "ppo" else None
     if args.fsdp:
-        transformer.shard(policy, decoder=autocast or policy.dtype)
+        processes.shard(policy, decoder=autocast or policy.dtype)
         if critic is not None:
-            transformer.shard(critic)
+            processes.shard(critic)
     parameters = [{"params": policy.parameters(), "lr": args.lr}]
     if critic is not None:
         parameters.append({"params": critic.parameters(), "lr": args.critic_lr})
     optimizer = torch.optim.AdamW(parameters, weight_decay=0.0)
     if args.offload_optimizer:
-        optimizer.register_step_pre_hook(lambda *_: machine.move_state(optimizer, device))
-        optimizer.register_step_post_hook(lambda *_: machine.move_state(optimizer, "cpu"))
+        optimizer.register_step_pre_hook(lambda *_: memory.move_state(optimizer, device))
+        optimizer.register_step_post_hook(lambda *_: memory.move_state(optimizer, "cpu"))
 
     # what each call of generate, update and evaluate is told
     sampling = {name: getattr(args, name) for name in ("max_new_tokens", "temperature", "top_p")}
@@ -179,7 +179,7 @@ def reference_dtype(args, autocast):
 def fitting(args, tokenizer, policy, questions, which):
     """(questions, prompts). One that does not fit the context: ValueError, or with --skip_long it
     is left out."""
-    positions = transformer.longest_context(policy.config.get_text_config())
+    positions = memory.longest_context(policy.config.get_text_config())
     limit = min(args.context, positions or args.context)
     prompts = data.encode_prompts(tokenizer, questions, chat=args.chat)
     long = {i for i, prompt in enumerate(prompts) if len(prompt) + args.max_new_tokens > limit}
@@ -229,14 +229,14 @@ def save(run, iteration):
     loop = {"iteration": iteration, "rng": rng, "curriculum": run.state}
     state = {
         "loop": json.dumps(loop),
-        "policy": machine.put_together(run.policy.state_dict()),
-        "critic": run.critic and machine.put_together(run.critic.state_dict()),
-        "optimizer": machine.put_together(run.optimizer.state_dict()),
+        "policy": processes.put_together(run.policy.state_dict()),
+        "critic": run.critic and processes.put_together(run.critic.state_dict()),
+        "optimizer": processes.put_together(run.optimizer.state_dict()),
     }
     if rank() == 0:
         folder.mkdir(exist_ok=True)
-        machine.save_state(state, folder / "training.pt")
-        machine.save_model(run.policy, run.tokenizer, run.out / "model", state["policy"])
+        checkpoint.save_state(state, folder / "training.pt")
+        checkpoint.save_model(run.policy, run.tokenizer, run.out / "model", state["policy"])
 
 
 def load_state(run):
@@ -245,15 +245,15 @@ def load_state(run):
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         loop = json.loads(state["loop"])
-        machine.take_apart(state["policy"], dict(run.policy.named_parameters()))
+        processes.take_apart(state["policy"], dict(run.policy.named_parameters()))
         run.policy.load_state_dict(state["policy"])
         if run.critic is not None:
-            machine.take_apart(state["critic"], dict(run.critic.named_parameters()))
+            processes.take_apart(state["critic"], dict(run.critic.named_parameters()))
             run.critic.load_state_dict(state["critic"])
         groups = run.optimizer.param_groups
         parameters = [parameter for group in groups for parameter in group["params"]]
         for number, moments in state["optimizer"]["state"].items():
-            machine.take_apart(moments, dict.fromkeys(moments, parameters[number]))
+            processes.take_apart(moments, dict.fromkeys(moments, parameters[number]))
         run.optimizer.load_state_dict(state["optimizer"])
     except Exception as error:  # cut off, another program's, another model's
         raise ValueError(
@@ -421,7 +421,7 @@ def dry_run(args):
     """What a run would take, from the model's configuration alone. A table as text."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    device = machine.pick_device(args.device)
+    device = memory.pick_device(args.device)
     bfloat16 = uses_bfloat16(args, device)
     if args.model == "tiny":
         model = sft.tiny_model(sft.tiny_tokenizer(args.dataset), 0)
@@ -433,12 +433,12 @@ def dry_run(args):
             raise ValueError(f"cannot read the config of {args.model!r}: {reason}") from error
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
-    owners = machine.memory(args, model, bfloat16, reference_dtype(args, bfloat16))
+    owners = memory.forecast(args, model, bfloat16, reference_dtype(args, bfloat16))
     parameters = sum(p.numel() for p in model.parameters())
     lines = [f"{args.model}: {parameters / 1e6:,.1f} million parameters, {args.algo} on {device}"]
     for owner, size in [*owners.items(), ("together", sum(owners.values()))]:
         lines.append(f"{owner:<12}{size / 2**30:9.2f} GiB")
-    free = machine.free_memory(device)
+    free = memory.free_memory(device)
     if free < math.inf:
         fits = "it fits" if sum(owners.values()) < free else f"it does not fit: try {LESS}"
         lines.append(f"{'free':<12}{free / 2**30:9.2f} GiB: {fits}")

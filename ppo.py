@@ -40,9 +40,11 @@ from torch import nn
 from torch.nn.utils import clip_grad_norm_
 from torch.nn.utils.rnn import pad_sequence
 
-import machine
-from machine import all_shares, all_sum, gather, many_processes, require, share, until_it_fits
-from transformer import mixed_precision, no_dropout, token_logprobs
+from plumbing import processes
+from plumbing.commands import require
+from plumbing.logprobs import mixed_precision, no_dropout, token_logprobs
+from plumbing.memory import until_it_fits
+from plumbing.processes import all_shares, all_sum, gather, many_processes, share
 
 # --------------------------------------------------------------------------- advantages
 
@@ -270,7 +272,7 @@ class Settings:
     max_grad_norm: float | None = 1.0  # of policy and critic each; None: no clipping
     max_ratio: float = 10.0  # a minibatch of larger mean ratio makes no policy step
     tokens_per_microbatch: int = 8192  # padded tokens in one forward and backward
-    fsdp: bool = False  # are the models in parts (`transformer.shard`)?
+    fsdp: bool = False  # are the models in parts (`processes.shard`)?
     autocast: torch.dtype | None = None  # None or torch.bfloat16: of the matrix products
 
 
@@ -296,12 +298,12 @@ def step(model, optimizer, loss, max_grad_norm):
     NaN: it is counted in the metrics, and `model.bad_steps` counts how many came in a row."""
     parameters = [p for p in model.parameters() if p.grad is not None]
     for parameter in parameters if many_processes() else []:
-        if machine.is_part(parameter):
+        if processes.is_part(parameter):
             parameter.grad *= dist.get_world_size()  # FSDP's is the mean of the processes'
         else:
             all_sum(parameter.grad)
     limit = math.inf if max_grad_norm is None else max_grad_norm
-    norm = float(machine.whole(clip_grad_norm_(parameters, limit)))
+    norm = float(processes.whole(clip_grad_norm_(parameters, limit)))
     if math.isfinite(loss) and math.isfinite(norm):
         model.bad_steps = 0
         optimizer.step()  # the other model has no gradients now, so stays as it is
@@ -337,10 +339,10 @@ def microbatches(rollouts, tokens_per_microbatch, chosen=None):
     memory runs out, it does so at once.
 
     Of several processes each gets the groups of its share, and all get as many, the last ones maybe
-    empty: models in parts (`transformer.shard`) are gathered from all in every pass."""
+    empty: models in parts (`processes.shard`) are gathered from all in every pass."""
     chosen = range(len(rollouts)) if chosen is None else chosen
     shares = [of_like_length(rollouts, tokens_per_microbatch, part) for part in all_shares(chosen)]
-    groups = shares[machine.rank()]
+    groups = shares[processes.rank()]
     return groups + [[]] * (max(map(len, shares)) - len(groups))
 
 

@@ -11,7 +11,7 @@ Three ideas follow.
 1. SLOTS. The cache is a table of `slots` rows. A row that stops is handed to the next request at
    once, so no step computes padding for rows that are done. Every row is at its own length, which
    is all that makes this unlike the textbook's cache: row i's new key is written at column
-   length[i], and row i attends to the columns <= length[i] (transformer.SlotCache).
+   length[i], and row i attends to the columns <= length[i] (attention.SlotCache).
 
        slot 0   Q Q Q a a a .  .        Q: the prompt's keys, copied from the prefill
        slot 1   Q Q a .  .  .  .        a: written one a step
@@ -43,9 +43,10 @@ import numpy as np
 import torch
 from transformers import GenerationConfig
 
-import transformer
-from machine import gather, in_parts, progress_bar, share
-from transformer import SlotCache, at_least, decode, prefill, serving
+from plumbing import attention, memory
+from plumbing.attention import SlotCache, at_least, decode, prefill, serving
+from plumbing.commands import progress_bar
+from plumbing.processes import gather, in_parts, share
 
 
 @dataclass
@@ -109,9 +110,9 @@ def generate(
     requests = [request for group in groups for request in group]
     stats = {} if stats is None else stats
     if requests:
-        decoder = transformer.low_precision_copy(model, dtype)
+        decoder = attention.low_precision_copy(model, dtype)
         if engine == "slots":  # of parts, only the copy can be probed
-            transformer.check_servable(decoder if in_parts(model) else model)
+            attention.check_servable(decoder if in_parts(model) else model)
     mine = share(requests)  # all of them, unless several processes share the work
     if mine:
         serve = generate_slots if engine == "slots" else generate_hf
@@ -147,7 +148,7 @@ class Engine:
         self.state = (*self.rows, self.tokens, self.logprobs, self.uniforms)
         self.owner = [None] * slots  # the Request in each slot
         self.filled = np.zeros(slots, dtype=int)  # `length`, or more, as far as the host knows
-        sizes = transformer.step_sizes(model.device, slots, columns)
+        sizes = attention.step_sizes(model.device, slots, columns)
         self.widths, self.depths, self.check_every, self.graphs = sizes
 
     def run(self, trunks, slots, sampling, stats, bar):
@@ -172,7 +173,7 @@ class Engine:
                     busy = compact(self, busy)
                 width = at_least(busy[-1] + 1, self.widths)
             used = at_least(self.filled[busy].max() + self.check_every, self.depths)
-            transformer.decode_steps(self, width, used, stop_ids, sampling)
+            attention.decode_steps(self, width, used, stop_ids, sampling)
             self.filled[busy] += self.check_every
             add(stats, steps=self.check_every, slot_steps=width * self.check_every)
             if sampling.stop_text:
@@ -387,7 +388,7 @@ def generate_slots(model, requests, slots, sampling, stats, bar):
     columns = -(-columns // 64) * 64  # few sizes, so that the next call finds a table that fits
     if slots is None:
         kept = ENGINES.get(model)
-        slots = transformer.choose_slots(model, columns, len(requests), kept and kept.cache)
+        slots = memory.choose_slots(model, columns, len(requests), kept and kept.cache)
     # a captured graph reads the weights where they lay: moved, they need a new engine
     weights_at = (model.device, model.dtype, *(p.data_ptr() for p in model.parameters()))
     while True:
@@ -524,7 +525,7 @@ def check_arguments(model, prompts, n, budgets, sampling, slots, engine):
         sizes = f"{len(prompts)} prompts, {len(n)} n, {len(budgets)} max_new_tokens"
         raise ValueError(f"{sizes}: give one, or one a prompt")
     vocab = model.get_input_embeddings().num_embeddings
-    limit = transformer.longest_context(model.config.get_text_config())
+    limit = memory.longest_context(model.config.get_text_config())
     for i, (prompt, count, budget) in enumerate(zip(prompts, n, budgets)):
         if len(prompt) == 0:
             raise ValueError(f"prompt {i} is empty: give it at least one token (a BOS token, say)")

@@ -41,12 +41,12 @@ import numpy as np
 
 import data
 import job
-import machine
 import ppo
-import report
 import sft
 import vineppo
-from machine import progress_bar, rank
+from plumbing import checkpoint, commands, processes, report
+from plumbing.commands import progress_bar
+from plumbing.processes import rank
 from rollout import Rollout, generate
 
 
@@ -162,7 +162,7 @@ CURRICULA = {"uniform": uniform, "sfl": sfl, "lilo": lilo, "dapo": dapo, "poster
 
 def train(args, signals=None):
     """The whole job; job.py says what it writes into args.out. Returns the held-out evaluations
-    before and after. signals: see `machine.signals_wait`. machine.Stop: the run has ended early,
+    before and after. signals: see `commands.signals_wait`. commands.Stop: the run has ended early,
     and is saved."""
     run = job.setup(args)
     run.sample = Sampler(args, run)
@@ -236,7 +236,7 @@ def train(args, signals=None):
     run.signals.wait = False
     bar.close()
     after = {"greedy": result, "sampled": run.evaluate(samples=8)}
-    machine.write(run.out / "evaluation.json", json.dumps({"before": before, "after": after}))
+    checkpoint.write(run.out / "evaluation.json", json.dumps({"before": before, "after": after}))
     return before, after
 
 
@@ -284,7 +284,7 @@ class Sampler:
 
     def seed(self):
         """Depends on nothing but what it is for: a resumed run draws the same."""
-        return machine.seed_of(self.args.seed, self.iteration, len(self.batches))
+        return processes.seed_of(self.args.seed, self.iteration, len(self.batches))
 
     def __call__(self, chosen, n):
         start, run = time.perf_counter(), self.run
@@ -364,7 +364,7 @@ def imitate(args, run, batch):
 
 # --------------------------------------------------------------------------- settings
 
-# See machine.read_settings. Behind a comma: for data not made here, the papers' on GSM8K (arXiv
+# See commands.read_settings. Behind a comma: for data not made here, the papers' on GSM8K (arXiv
 # 2502.12272, 2410.01679).
 SETTINGS = """
 algo             ppo            ppo|vineppo|grpo|rloo|expert|rcrl what a reward is turned into
@@ -478,9 +478,9 @@ IMITATION = {
 def parse(argv=None):
     """The settings: flags that were not given have the data set's default or, on --resume, the
     run's own."""
-    flags = machine.parse_flags(SETTINGS, "RL on the questions a model can almost answer.", argv)
+    flags = commands.parse_flags(SETTINGS, "RL on the questions a model can almost answer.", argv)
     args = job.resumed(flags) if "resume" in flags else anew(flags)
-    machine.check_settings(SETTINGS, args)
+    commands.check_settings(SETTINGS, args)
     job.check(args)
     if "resume" not in flags:
         args.out = job.new_folder(args)
@@ -492,24 +492,26 @@ def anew(flags):
         if flags["preset"] not in PRESETS:
             raise ValueError(f"--preset {flags['preset']}: choose from {', '.join(PRESETS)}")
         preset = PRESETS[flags["preset"]].split()
-        flags = machine.parse_flags(SETTINGS, "", preset) | flags  # what is given has the last word
+        flags = (
+            commands.parse_flags(SETTINGS, "", preset) | flags
+        )  # what is given has the last word
     other = flags.get("dataset", "arithmetic") not in data.MADE_HERE  # which of a pair
     usual = IMITATION.get(flags.get("algo"), ("", ""))[other].split()
-    flags = machine.parse_flags(SETTINGS, "", usual) | flags
-    defaults = {name: row[other] for name, row in machine.read_settings(SETTINGS).items()}
+    flags = commands.parse_flags(SETTINGS, "", usual) | flags
+    defaults = {name: row[other] for name, row in commands.read_settings(SETTINGS).items()}
     return SimpleNamespace(**defaults | flags)
 
 
 def main(argv=None):
-    with machine.several_processes(), machine.signals_wait() as signals:
-        [args] = machine.from_first_process([parse(argv) if rank() == 0 else None])
+    with processes.several_processes(), commands.signals_wait() as signals:
+        [args] = processes.from_first_process([parse(argv) if rank() == 0 else None])
         if args.dry_run:
             if rank() == 0:
                 print(job.dry_run(args))
             return
         try:
             before, after = train(args, signals)
-        except (KeyboardInterrupt, machine.Stop) as end:
+        except (KeyboardInterrupt, commands.Stop) as end:
             started = Path(args.out, "config.json").exists()
             way_out = f"go on from the last checkpoint with --resume {args.out}"
             what = str(end) or "interrupted"
@@ -521,4 +523,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    machine.command_line(main)
+    commands.command_line(main)

@@ -50,9 +50,10 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import data
-import machine
 import ppo
-from machine import all_sum, progress_bar, rank
+from plumbing import checkpoint, commands
+from plumbing.commands import progress_bar
+from plumbing.processes import all_sum, rank
 from rollout import Rollout
 
 
@@ -100,7 +101,7 @@ def demonstrations(tokenizer, questions, texts, chat="auto"):
     prompts = data.encode_prompts(tokenizer, questions, chat=chat)
     responses = [data.encode_response(tokenizer, text) for text in texts]
     has_stop = tokenizer.eos_token_id is not None
-    machine.require(has_stop, "the tokenizer has no stop token: set tokenizer.eos_token")
+    commands.require(has_stop, "the tokenizer has no stop token: set tokenizer.eos_token")
     stop = [tokenizer.eos_token_id]
     return [Rollout(p, r + stop, [], True) for p, r in zip(prompts, responses)]
 
@@ -235,7 +236,7 @@ def tiny_base(cache, dataset="arithmetic", *, bits=data.BITS, p_cot=0.25, progre
 def save_result(model, tokenizer, folder):
     """The trained model; what was kept of its training goes."""
     if rank() == 0:
-        machine.save_model(model, tokenizer, folder)
+        checkpoint.save_model(model, tokenizer, folder)
         for kept in folder.parent.glob(f"{folder.name}.stage*"):
             kept.unlink()
     all_sum(torch.zeros(1))  # the other processes wait for it
@@ -284,7 +285,7 @@ def tiny_model(tokenizer, seed):
 def save_progress(file, model, optimizer, losses):
     if rank() == 0:
         state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-        machine.save_state({**state, "losses": losses}, Path(file))
+        checkpoint.save_state({**state, "losses": losses}, Path(file))
 
 
 def load_progress(file, model, optimizer):
@@ -297,11 +298,11 @@ def load_progress(file, model, optimizer):
         optimizer.load_state_dict(state["optimizer"])
         return state["losses"]
     except Exception as error:  # cut off, or of another model
-        reason = machine.first_line(error)
+        reason = commands.first_line(error)
         raise ValueError(f"cannot go on from {file} ({reason}): delete it to start anew") from error
 
 
-# See machine.read_settings.
+# See commands.read_settings.
 SETTINGS = """
 dataset          arithmetic     -     a data set's names, or a file's or folder's path
 bits             24             5..60 parity: bits of a question
@@ -322,10 +323,12 @@ cache            runs/cache     -     where the tiny model is kept
 
 
 def main(argv=None):
-    settings = {name: row[0] for name, row in machine.read_settings(SETTINGS).items()}
-    flags = machine.parse_flags(SETTINGS, "Supervised fine-tuning on a data set's solutions.", argv)
+    settings = {name: row[0] for name, row in commands.read_settings(SETTINGS).items()}
+    flags = commands.parse_flags(
+        SETTINGS, "Supervised fine-tuning on solutions.", argv
+    )
     args = SimpleNamespace(**settings | flags)
-    machine.check_settings(SETTINGS, args)
+    commands.check_settings(SETTINGS, args)
     if args.model == "tiny":
         check_tiny(args)
         folder = tiny_base(args.cache, args.dataset, bits=args.bits, p_cot=args.p_cot)
@@ -338,7 +341,7 @@ def main(argv=None):
     questions = [q for q in questions if q.solution]
     if not questions:
         raise ValueError(f"{args.dataset} has no solutions to learn from: no field solution")
-    model, tokenizer = machine.load_model(args.model, device=args.device)
+    model, tokenizer = checkpoint.load_model(args.model, device=args.device)
     texts = [q.solution for q in questions]
     if args.dataset == "parity":
         texts = long_or_short(questions, args.p_cot)
@@ -364,4 +367,4 @@ def check_tiny(args):
 
 
 if __name__ == "__main__":
-    machine.command_line(main)
+    commands.command_line(main)

@@ -38,7 +38,7 @@ import torch
 
 import eval as evaluation
 import rollout
-from machine import seed_of
+from plumbing.processes import seed_of
 
 
 def mc_advantages(model, tokenizer, questions, rollouts, rewards, **settings):

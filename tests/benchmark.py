@@ -451,9 +451,9 @@ def measure_run(args):
     from transformers import LlamaConfig, LlamaForCausalLM
 
     import job
-    import machine
     import sfl
     import sft
+    from plumbing import checkpoint, memory
 
     with tempfile.TemporaryDirectory() as folder:
         tokenizer = sft.tiny_tokenizer()
@@ -462,14 +462,14 @@ def measure_run(args):
             num_hidden_layers=args.layers, num_attention_heads=8, num_key_value_heads=2,
             max_position_embeddings=1024, eos_token_id=1, pad_token_id=0,
         )  # fmt: skip
-        machine.save_model(LlamaForCausalLM(config), tokenizer, Path(folder, "model"))
+        checkpoint.save_model(LlamaForCausalLM(config), tokenizer, Path(folder, "model"))
         flags = ["--model", str(Path(folder, "model")), *args.measure.split()]
         flags += "--curriculum uniform --iterations 2 --questions 4 --rollouts 4".split()
         flags += ["--out", f"{folder}/run", "--device", "cpu", "--eval_limit", "1"]
         flags += "--max_new_tokens 256 --context 512 --tokens_per_microbatch 4096".split()
         settings = sfl.parse(flags)
         reference = job.reference_dtype(settings, None)
-        said = machine.memory(settings, LlamaForCausalLM(config), False, reference)
+        said = memory.forecast(settings, LlamaForCausalLM(config), False, reference)
         torch.zeros(1)
         status = Path("/proc/self/status").read_text()
         before = 1024 * int(status.split("VmRSS:")[1].split()[0])
@@ -539,6 +539,6 @@ def main(argv=None):
 
 if __name__ == "__main__":
     args = parse()  # first: --help need not wait for the imports
-    import machine
+    from plumbing import commands
 
-    machine.command_line(lambda: args.run(args))
+    commands.command_line(lambda: args.run(args))

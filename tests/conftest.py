@@ -15,8 +15,8 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-import machine
 import sft
+from plumbing import checkpoint
 
 # Of a random model: small, with grouped key-value heads.
 SHAPE = {
@@ -78,7 +78,7 @@ def tiny(tokenizer):
 def tiny_folder(tiny, tokenizer, tmp_path_factory):
     """A run's folder that holds just its model."""
     folder = tmp_path_factory.mktemp("tiny")
-    machine.save_model(tiny, tokenizer, folder / "model")
+    checkpoint.save_model(tiny, tokenizer, folder / "model")
     return folder
 
 

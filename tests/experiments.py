@@ -94,7 +94,6 @@ SHARES = (0.5, 0.25, 0.08, 0.02)
 def map_of_shares(args, goal=0.8):
     """Iterations and tokens to the goal against the learnable share of the pool."""
     from matplotlib.figure import Figure
-
     from report import COLORS
 
     arms = ("uniform", "sfl", "posterior")
@@ -172,7 +171,7 @@ def without_levels(*args, **settings):
     return questions
 if {hide}:
     data.load_questions = without_levels
-machine.command_line(sfl.main)
+commands.command_line(sfl.main)
 """
 
 
@@ -294,7 +293,6 @@ def print_table(title, runs):
 def draw_curves(title, runs, goal, out):
     """Accuracy against iterations and tokens: mean and range of the seeds."""
     from matplotlib.figure import Figure  # not pyplot: it needs no screen
-
     from report import COLORS
 
     figure = Figure(figsize=(10, 3.8))
@@ -384,11 +382,11 @@ def spend(args, questions=14, k=9, truth=256):
     absolute error, bias (its mean over the steps that the true ones call good, and bad)."""
     import data
     import eval as evaluation
-    import machine
     import vineppo
+    from plumbing import checkpoint
     from rollout import generate
 
-    model, tokenizer = machine.load_model(checkpoint(args))
+    model, tokenizer = checkpoint.load_model(checkpoint(args))
     levels = dict.fromkeys(data.STEPS_WANTED, 1.0)
     asked = data.arithmetic(questions, 5, levels)
     prompts, stops = data.encode_prompts(tokenizer, asked), data.stop_ids(model, tokenizer)
@@ -425,12 +423,12 @@ def spend(args, questions=14, k=9, truth=256):
 def gradients(args, questions=8, n=8, repeats=16, truth=4096):
     """Which way each method's gradient points: estimates from a few responses against the gradient
     of 4,096, the same questions for both; early and late in a PPO run with uniform questions."""
+    import report
     from matplotlib.figure import Figure
 
     import data
-    import machine
-    import report
     import sft
+    from plumbing import checkpoint
 
     sft.tiny_base("runs/cache")
     uniform = "--algo ppo --curriculum uniform --lr 1e-4 --eval_every 1000".split()
@@ -443,7 +441,7 @@ def gradients(args, questions=8, n=8, repeats=16, truth=4096):
     for ax, (count, run) in zip(axes, runs.items()):
         kept = run / "gradients.json"  # measured once
         if not kept.exists():
-            policy, tokenizer = machine.load_model(run)
+            policy, tokenizer = checkpoint.load_model(run)
             critic = load_critic(run, policy)
             measured = []
             for levels in ((2, 3), (4, 5), (7, 8)):
@@ -612,19 +610,19 @@ def sft_goes_on(args, seed, steps=200):
     from functools import partial
 
     import data
-    import machine
     import sft
+    from plumbing import checkpoint
 
     folder = Path(args.runs, f"sft-seed{seed}")
     if not folder.exists():
-        model, tokenizer = machine.load_model(sft.tiny_base("runs/cache"))
+        model, tokenizer = checkpoint.load_model(sft.tiny_base("runs/cache"))
         chains = sft.demonstrated_chains(random.Random(seed))
         texts = sft.hurried(chains, sft.TINY["stages"][-1][-1])
         questions = [data.worked(chain) for chain in chains]
         examples = sft.demonstrations(tokenizer, questions, texts)
         draw = partial(sft.draw_batch, examples, 96, np.random.default_rng(seed))
         sft.train(model, draw, steps=steps, lr=1e-3)
-        machine.save_model(model, tokenizer, folder)
+        checkpoint.save_model(model, tokenizer, folder)
     return folder
 
 
@@ -633,11 +631,11 @@ def passes(run, k, limit):
     Kept beside the model."""
     import data
     import eval as evaluation
-    import machine
+    from plumbing import checkpoint
 
     kept = Path(run, f"passes{k}.json")
     if not kept.exists():
-        model, tokenizer = machine.load_model(run)
+        model, tokenizer = checkpoint.load_model(run)
         questions = data.load_questions("arithmetic", "test", limit=limit)
         greedy = evaluation.evaluate(model, tokenizer, questions, max_new_tokens=96)
         sampled = evaluation.evaluate(
@@ -651,7 +649,6 @@ def passes(run, k, limit):
 def draw_learners(results, runs, k, out):
     """pass@k curves of the final models, and accuracy against samples."""
     from matplotlib.figure import Figure
-
     from report import COLORS
 
     figure = Figure(figsize=(10, 3.8))
@@ -688,7 +685,6 @@ P_COTS = ("0.05", "0.1", "0.2", "0.4")
 def parity(args, iterations=60):
     """RL after next-token prediction (arXiv 2510.11495): accuracy and length as RL goes on."""
     from matplotlib.figure import Figure
-
     from report import COLORS, read_run
 
     folders, jobs = {}, {}
@@ -782,12 +778,12 @@ def improvements(model, questions=72, rollouts=384, lr=0.0003, seed=0):
 
     import data
     import eval as evaluation
-    import machine
     import ppo
     import sfl
+    from plumbing import checkpoint
     from rollout import generate
 
-    policy, tokenizer = machine.load_model(model)
+    policy, tokenizer = checkpoint.load_model(model)
     pool = data.load_questions("arithmetic", "train", limit=600, seed=seed)
     prompts, stops = data.encode_prompts(tokenizer, pool), data.stop_ids(policy, tokenizer)
     settings = ppo.Settings(tokens_per_microbatch=4096)
@@ -851,7 +847,7 @@ OF_THE_RUN = {
 def values(args):
     """Monte Carlo values and the critic's against true ones, in states of a run's policy."""
     import data
-    import machine
+    from plumbing import checkpoint
 
     check_values(args)
     run = Path(args.model)
@@ -865,7 +861,7 @@ def values(args):
     questions = data.load_questions(args.dataset, args.split, data_dir=args.data_dir)
     shuffled = np.random.default_rng(args.seed).permutation(len(questions))
     questions = [questions[i] for i in shuffled[: 4 * args.states]]
-    model, tokenizer = machine.load_model(args.model, device=args.device)
+    model, tokenizer = checkpoint.load_model(args.model, device=args.device)
     critic = load_critic(run, model) if config else None
     prompts = data.encode_prompts(tokenizer, questions, chat=args.chat)
     names = ("attempts", "states", "alternatives", "truth", "mc_rollouts", "max_new_tokens")
@@ -1126,6 +1122,6 @@ def main(argv=None):
 
 if __name__ == "__main__":
     arguments = parse()  # first: --help need not wait for the imports
-    import machine
+    from plumbing import commands
 
-    machine.command_line(lambda: arguments.run(arguments))
+    commands.command_line(lambda: arguments.run(arguments))

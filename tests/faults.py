@@ -94,7 +94,7 @@ def compare(found, expected):
 
 def full(args):
     """Files may grow to a limit only."""
-    import machine
+    from plumbing import checkpoint
 
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder, "run")
@@ -116,7 +116,7 @@ def full(args):
             last = job.stderr.strip().splitlines()[-1]
             if job.returncode != 2 or "Traceback" in job.stderr:
                 sys.exit(f"exit code {job.returncode}: {job.stderr[-2000:]}")
-            machine.load_model(out)
+            checkpoint.load_model(out)
             print(f"files up to {limit:,} bytes: {last}")
         if start(out, args).wait():
             sys.exit("it does not go on afterwards")

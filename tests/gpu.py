@@ -85,19 +85,19 @@ def iterations():
     from benchmark import peak_memory
 
     import job
-    import machine
     import sfl
     import sft
+    from plumbing import checkpoint, memory
 
     base = str(sft.tiny_base("runs/cache"))
-    model, _ = machine.load_model(base)
+    model, _ = checkpoint.load_model(base)
     for algo in ALGORITHMS:
         with tempfile.TemporaryDirectory() as folder:
             flags = ["--algo", algo, "--model", base, "--out", f"{folder}/run", "--device", "cuda"]
             flags += "--iterations 2 --questions 16 --eval_limit 16 --eval_every 2".split()
             args = sfl.parse(flags)
             reference = job.reference_dtype(args, True)
-            said = sum(machine.memory(args, model, True, reference).values())
+            said = sum(memory.forecast(args, model, True, reference).values())
             torch.cuda.empty_cache()
             peak_memory(torch.device("cuda"), reset=True)
             sfl.train(args)

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-import answers
 import eval as evaluation
-from answers import parse_number
 from data import Question, load_questions
 from eval import grade, rewards
+from plumbing import answers
+from plumbing.answers import parse_number
 from rollout import Rollout
 
 # --------------------------------------------------------------------------- numbers

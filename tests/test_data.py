@@ -18,10 +18,10 @@ from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, pr
 from transformers import PreTrainedTokenizerFast
 
 import data
-import machine
 import sft
 from data import Question, arithmetic, load_questions
 from eval import grade
+from plumbing import checkpoint
 from rollout import Rollout
 
 EVAL_DATA = os.environ.get("SFL_EVAL_DATA")  # a folder with math500.jsonl and three others
@@ -640,8 +640,8 @@ def test_tags_are_new_tokens_that_start_every_prompt(spare, tmp_path):
     assert data.with_tag(tokenizer, [good, *plain], 1) == [good, *plain]
     assert data.with_tag(tokenizer, [good, *plain], None) == plain
 
-    machine.save_model(model, tokenizer, tmp_path / "model")
-    loaded, its_tokenizer = machine.load_model(tmp_path / "model")
+    checkpoint.save_model(model, tokenizer, tmp_path / "model")
+    loaded, its_tokenizer = checkpoint.load_model(tmp_path / "model")
     assert data.encode_prompts(its_tokenizer, [question]) == [[good, *plain]]
     message = [{"role": "user", "content": question.prompt}]  # as anyone would
     asked = its_tokenizer.apply_chat_template(message, add_generation_prompt=True)

@@ -14,12 +14,11 @@ import numpy as np
 import pytest
 from conftest import ROOT, read_rows
 
-import answers
 import data
 import eval as evaluation
-import report
 from data import Question, arithmetic, load_questions
 from eval import evaluate, final_answer, grade, majority, pass_at_k, rewards
+from plumbing import answers, report
 from rollout import Rollout
 
 # --------------------------------------------------------------------------- responses

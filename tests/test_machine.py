@@ -7,18 +7,18 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-import machine
 import sft
+from plumbing import checkpoint, commands
 
 # --------------------------------------------------------------------------- models on disk
 
 
 def test_load_model(tiny, tiny_folder):
     for path in (tiny_folder, str(tiny_folder / "model")):  # a run's folder, or its model's
-        model, tokenizer = machine.load_model(path)
+        model, tokenizer = checkpoint.load_model(path)
         assert not model.training and model.dtype == torch.float32 and tokenizer.eos_token_id == 1
         assert torch.equal(model.lm_head.weight, tiny.lm_head.weight)
-    model, _ = machine.load_model(tiny_folder, device="auto", dtype="bfloat16")
+    model, _ = checkpoint.load_model(tiny_folder, device="auto", dtype="bfloat16")
     assert model.dtype == torch.bfloat16
 
 
@@ -35,7 +35,7 @@ def test_load_model_refuses(tiny_folder, path, settings, message):
     (tiny_folder / "empty").mkdir(exist_ok=True)
     path = path if path.startswith(".") else tiny_folder / path
     with pytest.raises(ValueError, match=message) as raised:
-        machine.load_model(path, **settings)
+        checkpoint.load_model(path, **settings)
     assert "\n" not in str(raised.value)
 
 
@@ -46,17 +46,17 @@ def same_weights(folder, model):
 
 def test_save_replaces_whole_files(tokenizer, tmp_path, monkeypatch):
     old, new = sft.tiny_model(tokenizer, 0), sft.tiny_model(tokenizer, 1)
-    machine.save_model(old, tokenizer, tmp_path / "model")
+    checkpoint.save_model(old, tokenizer, tmp_path / "model")
 
     def killed(*_):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:  # as the new files are to take the old ones' place
-        patch.setattr(machine.os, "replace", killed)
+        patch.setattr(checkpoint.os, "replace", killed)
         with pytest.raises(KeyboardInterrupt):
-            machine.save_model(new, tokenizer, tmp_path / "model")
+            checkpoint.save_model(new, tokenizer, tmp_path / "model")
     assert same_weights(tmp_path / "model", old)
-    machine.save_model(new, tokenizer, tmp_path / "model")
+    checkpoint.save_model(new, tokenizer, tmp_path / "model")
     assert same_weights(tmp_path / "model", new)
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
@@ -66,14 +66,14 @@ def test_save_replaces_whole_files(tokenizer, tmp_path, monkeypatch):
 
 def test_flags_may_have_hyphens():
     table = "data_dir - - a folder\nrest_of_it 1 1.. a number"
-    given = machine.parse_flags(table, "", ["--data-dir=a-b", "--rest-of-it", "3"])
+    given = commands.parse_flags(table, "", ["--data-dir=a-b", "--rest-of-it", "3"])
     assert given == {"data_dir": "a-b", "rest_of_it": 3}
-    assert machine.parse_flags(table, "", ["--data_dir", "a-b"]) == {"data_dir": "a-b"}
+    assert commands.parse_flags(table, "", ["--data_dir", "a-b"]) == {"data_dir": "a-b"}
 
 
 def test_help_says_defaults_of_zero_too(capsys):
     with pytest.raises(SystemExit):
-        machine.parse_flags("kl_coef 0.0,1e-4 0.. a weight\nflag off - a switch", "", ["--help"])
+        commands.parse_flags("kl_coef 0.0,1e-4 0.. a weight\nflag off - a switch", "", ["--help"])
     said = " ".join(capsys.readouterr().out.split())
     assert "a weight (default 0.0; other data sets 0.0001)" in said and "a switch (" not in said
 
@@ -92,13 +92,13 @@ def test_exit_codes(capsys, error, code, line):
         raise error
 
     with pytest.raises(SystemExit) as stopped:
-        machine.command_line(main)
+        commands.command_line(main)
     assert stopped.value.code == code
     assert capsys.readouterr().err == f"{Path(sys.argv[0]).name}: {line}\n"
 
 
 def test_bars_in_a_log_file_write_few_lines(capsys):
-    with machine.progress_bar("work", 20000, "step") as bar:
+    with commands.progress_bar("work", 20000, "step") as bar:
         for i in range(20000):
             bar.set_postfix(i=i, refresh=False)
             bar.update()

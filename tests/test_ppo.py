@@ -23,7 +23,7 @@ from transformers import (
 )
 
 import ppo
-import transformer
+from plumbing import logprobs
 from rollout import generate
 
 VOCAB = 61
@@ -162,7 +162,7 @@ def test_head_gradcheck(softcap):
     targets = torch.tensor([0, 6, 3, 3, 1])
 
     def run(h, w, b=None):
-        return transformer.HeadLogprobs.apply(h, w, b, targets, 0.7, softcap, 2, torch.float64)
+        return logprobs.HeadLogprobs.apply(h, w, b, targets, 0.7, softcap, 2, torch.float64)
 
     assert torch.autograd.gradcheck(run, (hidden, weight, bias))
     assert torch.autograd.gradcheck(run, (hidden, weight))
@@ -220,7 +220,7 @@ def test_bfloat16_products_float32_sums(how):
 def test_bfloat16_products_are_added_in_slabs():
     a, b = torch.randn(3, 7).bfloat16(), torch.randn(3, 5).bfloat16()
     total = torch.ones(7, 5)
-    transformer.add_product(total, a, b, slab_numbers=10)  # 2 rows at a time, the last one alone
+    logprobs.add_product(total, a, b, slab_numbers=10)  # 2 rows at a time, the last one alone
     close(total, 1 + a.float().T @ b.float(), 0.02, 0.02)
 
 
@@ -243,7 +243,7 @@ def test_no_tensor_of_vocabulary_size_times_positions():
     vocab, width = 997, SHAPE["hidden_size"]
     model = small_llama(vocab)
     tokens = torch.randint(vocab, (3, 41))
-    transformer.check_head(model)
+    logprobs.check_head(model)
     with Sizes() as sizes:
         ppo.token_logprobs(model, tokens, chunk=8).sum().backward()
     logits = [math.prod(shape) for shape in sizes.shapes if shape[-1:] == (vocab,)]
@@ -814,7 +814,7 @@ def test_gradient_checkpointing_stays_on_and_changes_nothing():
     policy, calls = copy.deepcopy(model), []
     enable = getattr(policy, "activation_checkpointing_enable", None)  # its new name
     (enable or policy.gradient_checkpointing_enable)()
-    transformer.check_head(policy)
+    logprobs.check_head(policy)
     policy.transformer.h[0].mlp.register_forward_pre_hook(lambda *_: calls.append(1))
     ppo.update(policy, sgd(policy), rollouts, noise(rollouts), one_step())
     assert len(calls) == 2  # forward, and again in backward

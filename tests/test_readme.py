@@ -11,10 +11,10 @@ from conftest import ROOT
 
 import data
 import eval as evaluation
-import machine
 import ppo
 import sfl
 import sft
+from plumbing import commands
 from rollout import Rollout
 
 README = (ROOT / "README.md").read_text()
@@ -94,8 +94,8 @@ def test_there_are_commands():
 @pytest.mark.parametrize("script, flags", COMMANDS)
 def test_commands_have_these_flags(script, flags):
     module = {"sfl": sfl, "eval": evaluation, "sft": sft}[script]
-    given = machine.parse_flags(module.SETTINGS, "", shlex.split(flags))
-    known = machine.read_settings(module.SETTINGS)
+    given = commands.parse_flags(module.SETTINGS, "", shlex.split(flags))
+    known = commands.read_settings(module.SETTINGS)
     for name, value in given.items():
         allowed = known[name][2]
         assert "|" not in allowed or value in allowed.split("|"), (name, value)

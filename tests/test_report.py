@@ -5,7 +5,7 @@ import pytest
 from conftest import write_rows
 
 import eval as evaluation
-import report
+from plumbing import report
 
 
 def fake_run(folder, seed=0):

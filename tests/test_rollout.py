@@ -33,9 +33,9 @@ from transformers import (
 )
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import machine  # noqa: E402
+
 import rollout  # noqa: E402
-import transformer
+from plumbing import attention, memory
 from rollout import Request, Sampling, generate, top_k_top_p  # noqa: E402
 
 VOCAB, NEVER = 97, [1 << 40]  # NEVER: stop ids that no model can write
@@ -241,8 +241,8 @@ def test_probe(llama):
     config.layer_types = ["full_attention", "chunked_attention"]
     with pytest.raises(ValueError, match="^LlamaForCausalLM cannot.*layers of chunked_attention"):
         generate(LlamaForCausalLM(config), [[3]])
-    transformer.check_servable(llama)
-    assert llama in transformer.SERVABLE
+    attention.check_servable(llama)
+    assert llama in attention.SERVABLE
 
 
 # --------------------------------------------------------------------------- sampling
@@ -655,28 +655,26 @@ def test_stale_rows():
 
 
 def test_choose_slots(llama, monkeypatch):
-    assert transformer.choose_slots(llama, 128, 10) == 10
-    assert transformer.choose_slots(llama, 128, 10**6) == 256
+    assert memory.choose_slots(llama, 128, 10) == 10
+    assert memory.choose_slots(llama, 128, 10**6) == 256
     model = make()
 
     def meminfo(text):
-        monkeypatch.setattr(machine, "open", lambda path: io.StringIO(text), raising=False)
+        monkeypatch.setattr(memory, "open", lambda path: io.StringIO(text), raising=False)
 
     meminfo("MemTotal: 4096 kB\nMemAvailable: 1024 kB\n")
     row = 2 * 2 * 2 * 8 * 128 * 4 + 16 * VOCAB
-    assert transformer.choose_slots(model, 128, 10**6) == (1 << 19) // row
+    assert memory.choose_slots(model, 128, 10**6) == (1 << 19) // row
     stats = {}
     generate(model, make_prompts(60), n=2, max_new_tokens=100, stats=stats)
     again = {}
     generate(model, make_prompts(60), n=2, max_new_tokens=100, stats=again)
     assert 1 < stats["slots"] <= again["slots"] < 100  # what the engine holds counts as free
-    assert (
-        transformer.choose_slots(model, 128, 10**6, rollout.ENGINES[model].cache) > (1 << 19) // row
-    )
+    assert memory.choose_slots(model, 128, 10**6, rollout.ENGINES[model].cache) > (1 << 19) // row
     meminfo("MemAvailable: 0 kB\n")
-    assert transformer.choose_slots(make(), 128, 10) == 1
+    assert memory.choose_slots(make(), 128, 10) == 1
     meminfo("")  # nobody says
-    assert transformer.choose_slots(model, 128, 10**6) == 256
+    assert memory.choose_slots(model, 128, 10**6) == 256
 
 
 def fail(monkeypatch, when, error):
@@ -694,7 +692,7 @@ def fail(monkeypatch, when, error):
 
 def test_out_of_memory_halves_the_slots(monkeypatch, llama):
     prompts = make_prompts(8)
-    transformer.check_servable(llama)
+    attention.check_servable(llama)
     settings = dict(n=3, max_new_tokens=[2, 20, 3, 20, 20, 1, 20, 20], seed=1, stop_ids=[2])
     expected = generate(llama, prompts, slots=24, **settings)
     for error in (
@@ -735,7 +733,7 @@ def test_everything_is_put_back(monkeypatch, error):
             modes == [m.training for m in model.modules()]
             and model.config._attn_implementation == implementation
             and model.generation_config is kept
-            and transformer.ACTIVE is None
+            and attention.ACTIVE is None
             and torch.is_grad_enabled()
             and not torch.is_inference_mode_enabled()
         )
@@ -781,19 +779,19 @@ def test_inside_inference_mode():
 def test_few_rows_times_a_large_matrix(rows, bias):
     torch.manual_seed(0)
     layer = torch.nn.Linear(512, 512, bias=bias)
-    assert transformer.is_large(layer) and not transformer.is_large(torch.nn.Linear(64, 64))
+    assert attention.is_large(layer) and not attention.is_large(torch.nn.Linear(64, 64))
     x = torch.randn(rows, 1, 512)
-    torch.testing.assert_close(transformer.few_rows(layer, x), layer(x), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(attention.few_rows(layer, x), layer(x), atol=1e-5, rtol=1e-5)
     prompt = torch.randn(2, 7, 512)
-    assert torch.equal(transformer.few_rows(layer, prompt), layer(prompt))
+    assert torch.equal(attention.few_rows(layer, prompt), layer(prompt))
 
 
 def test_large_layers_are_their_own_again_after_generation():
     wide = {"hidden_size": 512, "intermediate_size": 512, "num_key_value_heads": 4}
     model = LlamaForCausalLM(LlamaConfig(**COMMON | wide)).eval()
-    large = [module for module in model.modules() if transformer.is_large(module)]
+    large = [module for module in model.modules() if attention.is_large(module)]
     large[0].forward = wrapper = functools.partial(torch.nn.Linear.forward, large[0])
-    assert len(large) > 4 and not transformer.is_large(large[0])
+    assert len(large) > 4 and not attention.is_large(large[0])
     prompts = [[3, 4, 5 + i] for i in range(8)]  # 8 rows: of few enough
     settings = {"max_new_tokens": 6, "temperature": 0, "stop_ids": [1]}
     ours = generate(model, prompts, **settings)
@@ -808,7 +806,7 @@ def test_low_precision_copy():
     settings = dict(max_new_tokens=10, temperature=0, stop_ids=NEVER)
     prompts = make_prompts()
     before = generate(model, prompts, dtype=torch.bfloat16, **settings)
-    twin = transformer.COPIES[model]
+    twin = attention.COPIES[model]
     assert before == generate(copy.deepcopy(twin), prompts, **settings)
     assert {p.dtype for p in model.parameters()} == {torch.float32} and twin.dtype == torch.bfloat16
     assert (
@@ -821,7 +819,7 @@ def test_low_precision_copy():
         for p in model.parameters():  # a training step
             p.add_(0.1 * torch.randn_like(p))
     after = generate(model, prompts, dtype=torch.bfloat16, **settings)
-    assert transformer.COPIES[model] is twin and after != before
+    assert attention.COPIES[model] is twin and after != before
     other = make()
     other.load_state_dict(model.state_dict())
     assert after == generate(other, prompts, dtype=torch.bfloat16, **settings)
@@ -829,7 +827,7 @@ def test_low_precision_copy():
         model, prompts, **settings
     )
     hf = generate(model, prompts[:2], dtype=torch.bfloat16, engine="hf", **settings)
-    assert len(hf) == 2 and transformer.COPIES[model] is twin
+    assert len(hf) == 2 and attention.COPIES[model] is twin
 
 
 def test_progress_bar(llama, capsys):
@@ -962,7 +960,7 @@ def test_a_step_that_cannot_be_captured_runs_eagerly(monkeypatch, error):
     settings = {"max_new_tokens": 9, "seed": 1, "slots": 4, "stop_ids": [2]}
     expected = generate(model, make_prompts(), **settings)
     rollout.ENGINES.pop(model)
-    sizes = transformer.step_sizes
+    sizes = attention.step_sizes
 
     def with_graphs(*given):
         return *sizes(*given)[:3], {}
@@ -970,7 +968,7 @@ def test_a_step_that_cannot_be_captured_runs_eagerly(monkeypatch, error):
     def fail(*args, **kwargs):
         raise error
 
-    monkeypatch.setattr(transformer, "step_sizes", with_graphs)
+    monkeypatch.setattr(attention, "step_sizes", with_graphs)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", fail)
     with pytest.warns(UserWarning, match="no CUDA graph, so decoding is slower"):
         assert generate(model, make_prompts(), **settings) == expected

@@ -22,11 +22,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Phi3Config
 import data
 import eval as evaluation
 import job
-import machine
-import report
 import sfl
 import sft
 from job import alarms, check_start
+from plumbing import checkpoint, commands, report
 
 # --------------------------------------------------------------------------- learnability
 
@@ -249,7 +248,7 @@ def base(tokenizer, tmp_path_factory):
     batch = sft.demonstrations(tokenizer, questions, [f"#### {q.answer}" for q in questions])
     sft.train(model, lambda: [batch[i] for i in rng.choice(300, 64)], steps=60, lr=3e-3)
     folder = tmp_path_factory.mktemp("base") / "model"
-    machine.save_model(model, tokenizer, folder)
+    checkpoint.save_model(model, tokenizer, folder)
     return str(folder)
 
 
@@ -267,12 +266,12 @@ def weights(folder):
     return AutoModelForCausalLM.from_pretrained(folder).state_dict()
 
 
-def checkpoint(out):
+def saved_state(out):
     return torch.load(out / "state" / "training.pt", weights_only=True)
 
 
 def saved_iteration(out):
-    return json.loads(checkpoint(out)["loop"])["iteration"]
+    return json.loads(saved_state(out)["loop"])["iteration"]
 
 
 def interrupt(patch, module, name, call):
@@ -316,12 +315,12 @@ def test_the_whole_job(base, tmp_path, capsys, algo, curriculum):
     printed = capsys.readouterr().out
     assert "before" in printed and "after" in printed and str(out / "model") in printed
 
-    model, tokenizer = machine.load_model(out)
+    model, tokenizer = checkpoint.load_model(out)
     assert data.stop_ids(model, tokenizer) == [tokenizer.eos_token_id]
     start = weights(base)
     changed = any(not torch.equal(start[name], x) for name, x in model.state_dict().items())
     assert changed == any(row["optimizer_steps"] for row in rows)
-    assert (checkpoint(out)["critic"] is not None) == (algo == "ppo")
+    assert (saved_state(out)["critic"] is not None) == (algo == "ppo")
     assert not [path for path in out.rglob("*") if path.suffix in (".tmp", ".old")]
     both = json.loads((out / "evaluation.json").read_text())
     assert both["after"]["greedy"]["accuracy"] == rows[-1]["eval_accuracy"]
@@ -339,7 +338,7 @@ IMITATION = """--curriculum uniform --questions 8 --epochs 2 --lr 1e-3 --iterati
 def test_imitators_in_the_same_loop(base, tmp_path, capsys, algo):
     out = tmp_path / "run"
     rows = run(base, out, "--algo", algo, "--kl_coef", "0.1", *IMITATION)  # no part of the loss
-    kept = json.loads(checkpoint(out)["loop"])["curriculum"]["kept"]
+    kept = json.loads(saved_state(out)["loop"])["curriculum"]["kept"]
     assert [row["iteration"] for row in rows] == [1, 2, 3]
     assert rows[-1]["kept"] == len(kept) and "kl" in rows[0] and "clip_fraction" not in rows[0]
     returns = Counter(value for _, value, _ in kept)
@@ -349,7 +348,7 @@ def test_imitators_in_the_same_loop(base, tmp_path, capsys, algo):
     else:
         assert len(kept) == 3 * 8 * 4
         assert returns[1] == round(sum(row["reward_mean"] for row in rows) * 32)
-    model, tokenizer = machine.load_model(out)
+    model, tokenizer = checkpoint.load_model(out)
     assert (algo == "rcrl") == (data.TAGS[1] in tokenizer.get_vocab())
     [prompt] = data.encode_prompts(tokenizer, data.arithmetic(1, 0, {1: 1}))
     assert (algo == "rcrl") == (prompt[0] == model.config.vocab_size - 1)
@@ -362,7 +361,7 @@ def test_imitators_in_the_same_loop(base, tmp_path, capsys, algo):
 def test_a_round_also_imitates_the_solutions_where_asked(base, tmp_path):
     flags = ["--solutions", "--iterations", "1", "--epochs", "1", "--minibatch", "200"]
     [row] = run(base, tmp_path / "run", "--algo", "expert", *IMITATION, *flags)
-    kept = json.loads(checkpoint(tmp_path / "run")["loop"])["curriculum"]["kept"]
+    kept = json.loads(saved_state(tmp_path / "run")["loop"])["curriculum"]["kept"]
     assert row["kept"] == len(kept) + len(data.load_questions("arithmetic", "train"))
 
 
@@ -436,7 +435,7 @@ def test_a_kill_at_each_step_of_each_save(base, tmp_path):
     expected = without_clocks(run(base, straight, "--lr", "1e-2"))
     for attempt in itertools.count(1):
         with pytest.MonkeyPatch.context() as patch:
-            interrupt(patch, machine, "put_in_place", call=attempt)
+            interrupt(patch, checkpoint, "put_in_place", call=attempt)
             try:
                 if (killed / "config.json").exists():
                     rows = resume(killed)
@@ -488,9 +487,9 @@ def test_config_says_how_many_iterations_a_resumed_run_has(base, tmp_path):
 
 def test_checkpoints_of_a_tokenizer_with_several_chat_templates(base, tmp_path):
     """These lie in a folder of their own."""
-    model, tokenizer = machine.load_model(base)
+    model, tokenizer = checkpoint.load_model(base)
     tokenizer.chat_template = {"default": CHAT, "tools": CHAT + "!"}
-    machine.save_model(model, tokenizer, tmp_path / "model")
+    checkpoint.save_model(model, tokenizer, tmp_path / "model")
     run(str(tmp_path / "model"), tmp_path / "run", "--chat", "off")  # three checkpoints
     saved = AutoTokenizer.from_pretrained(tmp_path / "run" / "model")
     assert saved.chat_template == tokenizer.chat_template
@@ -526,7 +525,7 @@ def gsm8k_like(bpe, tmp_path_factory):
     write_rows(folder / "train.jsonl", rows[:40])
     write_rows(folder / "test.jsonl", rows[40:])
     model = small_llama(len(bpe), max_position_embeddings=512, eos_token_id=0)
-    machine.save_model(model, bpe, folder / "model")
+    checkpoint.save_model(model, bpe, folder / "model")
     return folder
 
 
@@ -539,9 +538,9 @@ CHAT += "{% if add_generation_prompt %}>{% endif %}"
     [(None, "[MATH_TASK] Problem:\nTom has", "Solution:"), (CHAT, "[Tom has", "]>")],
 )
 def test_gsm8k_files_with_a_bpe_model(gsm8k_like, tmp_path, monkeypatch, template, start, end):
-    model, tokenizer = machine.load_model(gsm8k_like / "model")
+    model, tokenizer = checkpoint.load_model(gsm8k_like / "model")
     tokenizer.chat_template = template
-    machine.save_model(model, tokenizer, tmp_path / "model")
+    checkpoint.save_model(model, tokenizer, tmp_path / "model")
     prompts, generate = [], sfl.generate
 
     def watched(model, some, **settings):
@@ -587,7 +586,7 @@ def test_what_is_too_long_is_what_the_engine_refuses(tokenizer):
 @pytest.mark.parametrize("dataset, column", [("arithmetic", 0), ("gsm8k", 1)])
 def test_defaults_follow_the_data_set(dataset, column):
     args = sfl.parse(["--dataset", dataset])
-    for name, row in machine.read_settings(sfl.SETTINGS).items():
+    for name, row in commands.read_settings(sfl.SETTINGS).items():
         if name not in ("dataset", "out"):
             assert getattr(args, name) == row[column], name
     assert sfl.parse(["--dataset", dataset, "--lr", "0.5"]).lr == 0.5
@@ -653,10 +652,10 @@ def test_bad_data(base, tmp_path):
 
 
 def test_a_model_that_cannot_stop(base, tmp_path):
-    model, tokenizer = machine.load_model(base)
+    model, tokenizer = checkpoint.load_model(base)
     tokenizer.eos_token = None
     model.generation_config.eos_token_id = model.config.eos_token_id = None
-    machine.save_model(model, tokenizer, tmp_path / "endless")
+    checkpoint.save_model(model, tokenizer, tmp_path / "endless")
     with pytest.raises(ValueError, match="stop token"):
         run(str(tmp_path / "endless"), tmp_path / "run")
     assert not (tmp_path / "run").exists()

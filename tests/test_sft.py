@@ -10,10 +10,10 @@ from conftest import write_rows
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 import data
-import machine
 import ppo
 import sft
 from eval import evaluate
+from plumbing import checkpoint
 from rollout import Rollout
 
 
@@ -105,7 +105,7 @@ def test_stages_of_the_tiny_base(tmp_path, monkeypatch):
 
     monkeypatch.setattr(sft, "train", watch)
     folder = sft.tiny_base(tmp_path, progress=False)
-    _, tokenizer = machine.load_model(folder)
+    _, tokenizer = checkpoint.load_model(folder)
     held_out = {q.prompt for q in data.load_questions("arithmetic", "test")}
     for rollouts, (_, _, hurry) in zip(stages, sft.TINY["stages"], strict=True):
         prompts = [tokenizer.decode(r.prompt) for r in rollouts]
@@ -278,7 +278,7 @@ def test_parity_demonstrations_are_long_as_often_as_asked():
 
 def test_parity_shown_to_another_model_follows_the_flags(tmp_path, monkeypatch):
     tokenizer = sft.tiny_tokenizer("parity")
-    machine.save_model(sft.tiny_model(tokenizer, 0), tokenizer, tmp_path / "model")
+    checkpoint.save_model(sft.tiny_model(tokenizer, 0), tokenizer, tmp_path / "model")
     shown = []
     monkeypatch.setattr(sft, "train", lambda model, draw, **settings: shown.extend(draw()))
     flags = "--dataset parity --bits 9 --p_cot 0 --batch 32".split()
@@ -295,5 +295,5 @@ def test_the_parity_base_is_cached_by_its_settings(tmp_path, monkeypatch):
         for bits, share in ((8, 0.1), (8, 0.2), (9, 0.1), (8, 0.1))
     }
     assert len(folders) == 3
-    model, tokenizer = machine.load_model(folders.pop())
+    model, tokenizer = checkpoint.load_model(folders.pop())
     assert len(tokenizer) == 7 and model.config.vocab_size == 7

@@ -13,10 +13,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import eval as evaluation
-import machine
 import ppo
 import vineppo
 from data import Question
+from plumbing import checkpoint
 from rollout import Rollout
 from vineppo import mc_advantages, mc_values, split_steps, step_advantages, step_starts
 
@@ -558,7 +558,7 @@ def test_values_of_a_run_beside_a_critic_that_knows_them(tmp_path, words, capsys
     wins."""
     pytest.importorskip("matplotlib")
     model = markov_llama()
-    machine.save_model(model, words, tmp_path / "model")
+    checkpoint.save_model(model, words, tmp_path / "model")
     critic = ppo.ValueModel(model)
     with torch.no_grad():
         true_values = torch.tensor([true_value(token, 40) for token in range(6)])

@@ -11,8 +11,8 @@ import logging
 import re
 from pathlib import Path
 
-from answers import last_boxed, parse_number
-from machine import first_line
+from plumbing.answers import last_boxed, parse_number
+from plumbing.commands import first_line
 
 # What rows call their parts, the likelier name first
 QUESTION_FIELDS = ("question_concat", "question", "problem", "prompt")

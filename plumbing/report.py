@@ -11,8 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
-from machine import first_line
-from rows import read_rows
+from plumbing.commands import first_line
+from plumbing.rows import read_rows
 
 
 def table(columns):
