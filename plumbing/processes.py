@@ -71,7 +71,7 @@ def gather(items):
 
 def seed_of(*numbers):
     """A seed for `rollout.generate` that depends on all of these numbers and on nothing else."""
-    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 2)
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]) >> 2
 
 
 def is_part(tensor):
