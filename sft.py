@@ -324,9 +324,7 @@ cache            runs/cache     -     where the tiny model is kept
 
 def main(argv=None):
     settings = {name: row[0] for name, row in commands.read_settings(SETTINGS).items()}
-    flags = commands.parse_flags(
-        SETTINGS, "Supervised fine-tuning on solutions.", argv
-    )
+    flags = commands.parse_flags(SETTINGS, "Supervised fine-tuning on solutions.", argv)
     args = SimpleNamespace(**settings | flags)
     commands.check_settings(SETTINGS, args)
     if args.model == "tiny":

@@ -2,6 +2,8 @@
 
 import argparse
 import contextlib
+import dataclasses
+import inspect
 import signal
 import sys
 import threading
@@ -9,6 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from tqdm import tqdm
+from transformers import HfArgumentParser
 
 
 class Stop(Exception):
@@ -50,6 +53,29 @@ def progress_bar(name, total, unit, shown=True, initial=0, leave=True):
         leave=leave and terminal, mininterval=0.1 if terminal else 10, maxinterval=10,
         bar_format=None if terminal else "{l_bar}{bar:20}{r_bar}\n",
     )  # fmt: skip
+
+
+def parse(settings, argv=None, usual=None):
+    """An instance of the dataclass `settings`, filled from flags (--data-dir is --data_dir). A
+    field's help is the comment behind it. usual(seen) -> {name: default} of the flags that were not
+    given, judged by those that were. ValueError, one line: a bad flag."""
+    help_from_comments(settings)
+    parser = HfArgumentParser(settings, description=settings.__doc__, allow_abbrev=False)
+
+    def fail(message):
+        raise ValueError(f"{message} (see --help)")
+
+    parser.error = fail
+    if usual is not None:
+        parser.set_defaults(**usual(parser.parse_args(argv)))
+    return settings(**vars(parser.parse_args(argv)))
+
+
+def help_from_comments(settings):
+    lines = inspect.getsource(settings).splitlines()
+    for field in dataclasses.fields(settings):
+        [line] = [line for line in lines if line.strip().startswith(f"{field.name}:")]
+        field.metadata = {"help": line.partition("  # ")[2].replace("%", "%%")}
 
 
 def read_settings(table):
