@@ -1,249 +1,128 @@
 """What a question is, where questions come from, and how text becomes tokens and back.
 
-A QUESTION is a prompt and a gold answer. The response reasons in steps, one a line, then commits to
-an answer behind ####, as in GSM8K. One of those that are made here, all numbers mod 97:
+A QUESTION is a prompt and a gold answer. The response reasons in steps, a line for each, and then
+commits to an answer behind ####, as in GSM8K. This question is made here; sums are modulo 97:
 
     prompt      37+26-12\\n
     response    37+26=63\\n63-12=51\\n#### 51
 
-DATA SETS are made here (arithmetic, parity), have a name (`DATASETS`: from the hub, or from local
-files), or are the path of a file or of a folder with a file for each split. A row needs a question
-and an answer; a solution, where there is one, is what supervised fine-tuning learns from:
+A DATA SET is made here (arithmetic, parity), or has a name (`DATASETS`: on the hub, or in local
+files), or is the path of a file or folder. A row needs a question and an answer. It may have a
+solution, which supervised fine-tuning learns from. Here, as in GSM8K, one field holds both:
 
     {"question": "Tom has 3 apples and buys 4. How many now?", "answer": "3 + 4 = 7\\n#### 7"}
-
-TOKENS. Prompt and response are tokenized apart and joined as ids, because that is how generation
-meets them: a response continues the prompt's tokens and never merges with them. A model with a chat
-template is prompted through it, any other by PLAIN_PROMPT.
 """
 
 import random
 import zlib
 from dataclasses import dataclass
-from pathlib import Path
 
-from plumbing.rows import SUFFIXES, is_hub_id, parse_rows, rows_of
+from plumbing import files
+from plumbing.commands import first_line
+from plumbing.rows import parse_rows
 
-PLAIN_PROMPT = "[MATH_TASK] Problem:\n{question}\n\nSolution:"  # the papers': VinePPO, SFL
+# The prompt of the VinePPO and SFL papers
+PLAIN_PROMPT = "[MATH_TASK] Problem:\n{question}\n\nSolution:"
 CHAT_INSTRUCTION = "Reason step by step and end with the final answer in \\boxed{}."
 
 
 @dataclass
 class Question:
-    prompt: str  # what a base model reads, plain template applied
+    prompt: str  # what a base model reads: the question in PLAIN_PROMPT, or as it is made here
     answer: str  # the gold final answer
-    solution: str | None = None  # a demonstration, as it follows the prompt
+    solution: str | None = None  # a right response, to follow the prompt as it stands
     kind: str = "number"  # how its answer is graded: 'number' or 'math' (LaTeX)
     level: int | str | None = None  # difficulty, where the data set knows it
     question: str = ""  # the bare text: what a chat template wraps
 
 
+ONE_IN = 10  # where we split a data set ourselves, one question in ten is for testing
+
+
+def in_split(text, split):
+    """Is this question of the split? A hash of its text decides, so train and test stay disjoint,
+    whatever is drawn and in whatever order."""
+    is_test = zlib.crc32(text.encode()) % ONE_IN == 0  # Python's own hash differs in each process
+    return split == "all" or is_test == (split == "test")
+
+
 # --------------------------------------------------------------------------- arithmetic, made here
 
-MODULUS = 97  # a guess is right 1 time in 97; and few enough to learn all results by heart:
+MODULUS = 97  # a guess is right 1 time in 97
 TERMS = ("+7", "+16", "+26", "+38", "+45", "-5", "-12", "-23", "-33", "-41")
-# The pool is what one scrapes together: most of it is always solved (one step), much of it never
-# (longer than what the model was shown), and little lies between. The test is what one wants.
+# 97 numbers and 10 terms make 970 sums: so few that a tiny model learns all of them by heart.
+
+# The training pool is what one scrapes together: most of it is always solved (one step), much of it
+# never (longer than what the model was shown). Little lies between, and that alone is tested.
 LEARNABLE_SHARE = 0.08
-STEPS_WANTED = range(2, 9)
-STEPS_TOO_MANY = range(12, 15)
+STEPS_WANTED = range(2, 9)  # the tiny base model solves some of them sometimes
+STEPS_TOO_MANY = range(12, 15)  # and none of these
 POOL_SIZES = {"train": 1280, "test": 280}
 
 
 def levels_of(split):
-    """{steps: share} of the questions of a split."""
-    levels = dict.fromkeys(STEPS_WANTED, 1 / len(STEPS_WANTED))
+    """{steps: share of the questions} of a split. `arithmetic` divides the shares by their sum."""
+    levels = dict.fromkeys(STEPS_WANTED, LEARNABLE_SHARE / len(STEPS_WANTED))
     if split == "train":
-        levels = {level: LEARNABLE_SHARE * share for level, share in levels.items()}
-        levels[1] = (1 - LEARNABLE_SHARE) * 0.6
-        levels |= dict.fromkeys(STEPS_TOO_MANY, (1 - LEARNABLE_SHARE) * 0.4 / len(STEPS_TOO_MANY))
+        rest = 1 - LEARNABLE_SHARE  # of no use: 60 % too easy, 40 % too hard
+        levels[1] = rest * 0.6
+        levels |= dict.fromkeys(STEPS_TOO_MANY, rest * 0.4 / len(STEPS_TOO_MANY))
     return levels
 
 
 def arithmetic(count, seed, levels, split="train"):
-    """About `count` distinct chains of + and - mod 97: 37+26-12 has level 2. levels: {steps:
-    share}. Train and test are disjoint whatever their seeds: a hash of the chain says where it
-    belongs. ValueError: a level has fewer questions than asked for."""
+    """About `count` distinct chains of + and - modulo 97. levels: {steps: share}; 37+26-12 has two
+    steps. ValueError: a level has fewer questions than asked for."""
     rng = random.Random(seed)
-    questions = {}
+    questions = {}  # chain -> question; a chain that is drawn again replaces itself
     for level, share in levels.items():
         wanted = round(count * share / sum(levels.values()))
-        goal = len(questions) + wanted
-        tries = 0
-        while len(questions) < goal and tries < 100 * count:
+        goal = len(questions) + wanted  # so many with this level's
+        # Many tries: a short chain is often drawn twice, and some are of the other split.
+        for _ in range(100 * count):
+            if len(questions) == goal:
+                break
             chain = draw_chain(rng, level)
             if in_split("".join(map(str, chain)), split):
-                questions.setdefault(chain, worked(chain))
-            tries += 1
+                questions[chain] = worked(chain)
         if len(questions) < goal:
-            what = f"{wanted} {split} questions of level {level}"
-            raise ValueError(f"arithmetic has no {what}: ask for fewer")
+            few = f"arithmetic has no {wanted} {split} questions of level {level}"
+            raise ValueError(f"{few}: ask for fewer")
     questions = list(questions.values())
-    rng.shuffle(questions)
+    rng.shuffle(questions)  # they were made level by level
     return questions
 
 
 def draw_chain(rng, steps):
-    """(start, term, ...): no term twice, as long as there are enough of them."""
-    enough = steps <= len(TERMS)
-    terms = rng.sample(TERMS, steps) if enough else rng.choices(TERMS, k=steps)
+    """A chain of so many steps, (start, term, ...): (37, "+26", "-12") has two."""
+    draw = rng.sample if steps <= len(TERMS) else rng.choices  # no term twice, while they last
+    terms = draw(TERMS, k=steps)
     return (rng.randrange(MODULUS), *terms)
 
 
 def worked(chain):
-    """The question of a chain, with its right solution. The prompt ends in a newline, so that the
-    response's first line is a step."""
+    """The question of a chain, with its right solution."""
     text = "".join(map(str, chain))
-    answer = (chain[0] + sum(map(int, chain[1:]))) % MODULUS
-    bare = f"Compute {text} modulo {MODULUS}."
-    return Question(f"{text}\n", str(answer), solve(chain), "number", len(chain) - 1, bare)
+    answer = str(sum(map(int, chain)) % MODULUS)
+    bare = f"Compute {text} modulo {MODULUS}."  # for a chat model
+    # The prompt ends the line, so that the response's first line is a step.
+    return Question(f"{text}\n", answer, solve(chain), level=len(chain) - 1, question=bare)
 
 
 def solve(chain, hurry=None, rng=None):
-    """A response to a chain, a line a step. hurry: {how many terms a line takes: how often}. It
-    takes one, by default; of several, hurried people count the last one only, so 37+26-12=25 is
-    wrong. Operands are restated: small models learn that faster."""
+    """A response to a chain. Without `hurry` each line takes one term, and all are right. hurry:
+    {terms that a line takes: share of the lines}. A line that takes several adds only the last one:
+    37+26-12=25, which is 37-12. The tiny base model is shown some of these, and so it errs."""
     value, terms = chain[0], list(chain[1:])
     lines = []
     while terms:
         count = rng.choices(list(hurry), hurry.values())[0] if hurry else 1
-        line, terms = terms[:count], terms[count:]
-        before, value = value, (value + int(line[-1])) % MODULUS
-        lines.append(f"{before}{''.join(line)}={value}")
+        line, terms = terms[:count], terms[count:]  # this line's, and what is left
+        # The operands are restated: small models learn that faster.
+        left = f"{value}{''.join(line)}"
+        value = (value + int(line[-1])) % MODULUS
+        lines.append(f"{left}={value}")
     return "\n".join([*lines, f"#### {value}"])
-
-
-# --------------------------------------------------------------------------- data sets by name
-
-MADE_HERE = ("arithmetic", "parity")
-ORZ_FILE = "orz_math_57k_collected.json"
-# name: hub id, configuration, split (or file) to train on and to test on, how answers are graded
-DATASETS = {
-    "gsm8k": ("openai/gsm8k", "main", "train", "test", "number"),
-    "math": ("nlile/hendrycks-MATH-benchmark", None, "train", "test", "math"),  # test: MATH-500
-    "orz": ("Open-Reasoner-Zero/orz_math_57k_collection", None, ORZ_FILE, ORZ_FILE, "math"),
-    "math500": ("HuggingFaceH4/MATH-500", None, None, "test", "math"),
-    "college_math": ("di-zhang-fdu/College_Math_Test", None, None, "test", "math"),
-    "olympiadbench": ("Hothan/OlympiadBench", "OE_TO_maths_en_COMP", None, "train", "math"),
-    "minerva_math": ("math-ai/minervamath", None, None, "test", "math"),
-    "svamp": ("ChilleD/SVAMP", None, "train", "test", "number"),
-    "asdiv": ("MU-NLPC/Calc-asdiv_a", None, None, "test", "number"),
-}
-# Of a data set in one piece every tenth question, by a hash, is for testing.
-ONE_IN = 10
-
-
-def load_questions(dataset, split, *, data_dir=None, limit=None, seed=0, fields=None, bits=None):
-    """The questions of a data set: arithmetic, parity (of so many bits), one of DATASETS, a path,
-    or OWNER/NAME on the hub (splits train and test); several, by commas.
-
-    split: 'train', 'test' or 'all'. A named data set comes from the hub, or from data_dir:
-    NAME/train and NAME/test, or train and test, or one file NAME. A path is a folder with train and
-    test files, or one file (.jsonl, .json, .parquet). One file is split by a hash of the question,
-    unless split is 'all'. limit: a random subset of that many, drawn with `seed`, in the data set's
-    order. fields: `question`, `answer`, `solution` -> the row's names for them, where these are
-    unusual. What is made here does not depend on `seed`: runs with other seeds share one test set.
-    ValueError, one line, for whatever is unknown, missing, malformed or out of reach."""
-    names = dataset.split(",")
-    check_names(names, split, data_dir)
-    questions = []
-    for name in names:
-        parts = ["train", "test"] if split == "all" else [split]
-        if name in DATASETS and DATASETS[name][2] is None:  # for evaluation only
-            parts = ["test"]
-        for part in parts:
-            if name == "arithmetic":
-                questions += arithmetic(POOL_SIZES[part], part, levels_of(part), split=part)
-                continue
-            if name == "parity":
-                questions += parity(PARITY_SIZES[part], part, bits or BITS, part)
-                continue
-            known = DATASETS.get(name)
-            rows, one_piece = rows_of(name, known, part, data_dir, alone=len(names) == 1)
-            found = [
-                Question(PLAIN_PROMPT.format(question=row["question"]), **row)
-                for row in parse_rows(rows, known and known[-1], fields or {})
-            ]
-            if one_piece:
-                questions += [q for q in found if in_split(q.question, split)]
-                break  # `all` has them now
-            questions += found
-    if not questions:
-        raise ValueError(f"{dataset} has no {split} questions")
-    if limit is None:
-        return questions
-    if not 1 <= limit <= len(questions):
-        there = f"the {split} split of {dataset} has {len(questions)}"
-        raise ValueError(f"cannot take {limit} questions: {there}")
-    return [questions[i] for i in sorted(random.Random(seed).sample(range(len(questions)), limit))]
-
-
-def in_split(text, split):
-    """Is this question of the split? crc32 decides: Python's own hash differs in each process."""
-    return split == "all" or (zlib.crc32(text.encode()) % ONE_IN == 0) == (split == "test")
-
-
-# --------------------------------------------------------------------------- text and tokens
-
-
-def encode_prompts(tokenizer, questions, *, chat="auto"):
-    """The token ids that the policy reads, one list a question. chat: 'on' wraps the bare question
-    in the tokenizer's chat template, 'off' takes the plain prompt, 'auto' wraps if there is a
-    template (base models may have one: off)."""
-    if chat not in ("auto", "on", "off"):
-        raise ValueError(f"unknown chat {chat!r}: give auto, on or off")
-    if chat == "on" and not tokenizer.chat_template:
-        raise ValueError("--chat on, but the tokenizer has no chat template: give --chat off")
-    template = tokenizer.chat_template or ""
-    plain = PLAIN_TEMPLATE in template  # see `add_tags`
-    if not template or (chat == "off" and not plain):
-        prompts = [tokenizer(q.prompt).input_ids for q in questions]  # with BOS where one is added
-        return [ids[:-1] if ids[-1:] == [tokenizer.eos_token_id] else ids for ids in prompts]
-    prompts = []
-    for q in questions:
-        text = q.prompt if plain else f"{q.question or q.prompt}\n\n{CHAT_INSTRUCTION}"
-        message = {"role": "user", "content": text}
-        text = tokenizer.apply_chat_template([message], add_generation_prompt=True, tokenize=False)
-        prompts.append(tokenizer(text, add_special_tokens=False).input_ids)  # it wrote its own BOS
-    return prompts
-
-
-def encode_response(tokenizer, text):
-    """The token ids of a text that continues a prompt: no special tokens, and not the word-start
-    mark that a SentencePiece tokenizer puts before its input (so the text is encoded behind a
-    newline, which is then cut off)."""
-    start = tokenizer("\n", add_special_tokens=False).input_ids
-    ids = tokenizer("\n" + text, add_special_tokens=False).input_ids
-    if ids[: len(start)] == start:
-        return ids[len(start) :]
-    return tokenizer(text, add_special_tokens=False).input_ids
-
-
-def decode_response(tokenizer, rollout):
-    """The text of a response, without its stop token and other special tokens."""
-    ids = rollout.written()
-    return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-
-
-def stop_ids(model, tokenizer):
-    """The ids that end a response: those of the generation config (a chat model's end of turn) and
-    the tokenizer's EOS."""
-    config = model.generation_config
-    configured = config.eos_token_id if config is not None else None
-    if not isinstance(configured, (list, tuple)):
-        configured = [configured]
-    ids = {tokenizer.eos_token_id, *configured} - {None}
-    if not ids:
-        where = "neither the tokenizer nor the model's generation_config has an EOS token"
-        raise ValueError(
-            f"no stop token: {where}; set tokenizer.eos_token and save the model again"
-        )
-    return sorted(ids)
-
-
-# ==================================================================================================
-# That is the method. Below: parity, tags, checks. How rows are read: rows.py.
-# ==================================================================================================
 
 
 # --------------------------------------------------------------------------- parity, made here
@@ -253,48 +132,185 @@ PARITY_SIZES = {"train": 4096, "test": 256}
 
 
 def parity(count, seed, bits=BITS, split="train"):
-    """About `count` distinct strings of bits. Is the number of ones odd? No short circuit computes
-    that (arXiv 2510.11495): said at once, the answer is a guess; with the running parities written
-    down first, each step is easy. Train and test are disjoint whatever their seeds."""
+    """About `count` distinct strings of bits. Is the number of ones odd? Said at once, the answer
+    stays a guess, whatever a model has seen. With the running parities written down first, each
+    step is easy (arXiv 2510.11495)."""
     rng = random.Random(seed)
+    share = 1 / ONE_IN if split == "test" else 1 - 1 / ONE_IN  # of all strings
+    # At most half of those there are: the last ones would take long to draw.
+    count = min(count, int(2**bits * share / 2))
     texts = set()
-    share = 1 / ONE_IN if split == "test" else 1 - 1 / ONE_IN
-    wanted = min(count, int(2**bits * share / 2))  # of few bits there are not so many
-    while len(texts) < wanted:
-        text = f"{rng.getrandbits(bits):0{bits}b}"
+    while len(texts) < count:
+        text = f"{rng.getrandbits(bits):0{bits}b}"  # with bits=4, say 0110
         if in_split(text, split):
             texts.add(text)
-    return [bit_question(text) for text in sorted(texts)]
+    questions = []
+    for text in sorted(texts):  # a set has another order in each process
+        running = "".join(str(text[:end].count("1") % 2) for end in range(1, bits + 1))
+        answer = running[-1]  # 0110: the running parities are 0100, the answer is 0
+        bare = f"Is the number of ones in {text} odd (1) or even (0)?"
+        solution = f"{running}#### {answer}"
+        questions.append(Question(f"{text}\n", answer, solution, level=bits, question=bare))
+    return questions
 
 
-def bit_question(text):
-    """The question of a string of bits, with its long solution."""
-    bare = f"Is the number of ones in {text} odd (1) or even (0)?"
-    running = "".join(str(text[:end].count("1") % 2) for end in range(1, len(text) + 1))
-    solution = f"{running}#### {running[-1]}"
-    return Question(f"{text}\n", running[-1], solution, "number", len(text), bare)
+# --------------------------------------------------------------------------- data sets by name
+
+ORZ_FILE = "orz_math_57k_collected.json"
+# name: hub id, configuration, split (or file) to train on and to test on, how answers are graded
+DATASETS = {
+    "gsm8k": ("openai/gsm8k", "main", "train", "test", "number"),
+    "math": ("nlile/hendrycks-MATH-benchmark", None, "train", "test", "math"),  # test: MATH-500
+    "orz": ("Open-Reasoner-Zero/orz_math_57k_collection", None, ORZ_FILE, ORZ_FILE, "math"),
+    "svamp": ("ChilleD/SVAMP", None, "train", "test", "number"),
+    "mawps": ("MU-NLPC/Calc-mawps", None, "train", "test", "number"),
+    # For evaluation only: no split to train on.
+    "math500": ("HuggingFaceH4/MATH-500", None, None, "test", "math"),
+    "college_math": ("di-zhang-fdu/College_Math_Test", None, None, "test", "math"),
+    "olympiadbench": ("Hothan/OlympiadBench", "OE_TO_maths_en_COMP", None, "train", "math"),
+    "minerva_math": ("math-ai/minervamath", None, None, "test", "math"),
+    "asdiv": ("MU-NLPC/Calc-asdiv_a", None, None, "test", "number"),
+}
+MADE_HERE = ("arithmetic", "parity")
+
+
+def check_names(names, split, data_dir):
+    """ValueError for what can be told before anything is read."""
+    files.check_request(names, split, data_dir, MADE_HERE, DATASETS)
+
+
+def load_questions(
+    dataset, split, *, data_dir=None, limit=None, seed=0, fields=None, bits=BITS, notes=False
+):
+    """The questions of a data set: arithmetic, parity (of so many bits), one of DATASETS, a path,
+    or OWNER/NAME on the hub; several, by commas. split: 'train', 'test' or 'all'.
+
+    A named data set comes from the hub, or from data_dir: NAME/train and NAME/test, or train and
+    test, or one file NAME. A path is a folder with train and test files (plumbing/files.py says
+    which), or one file, which is split by a hash of the question. limit: a random subset of that
+    many, drawn with `seed`, in the data set's order. fields: `question`, `answer`, `solution` ->
+    what the rows call them; a.b is b inside a. notes: GSM8K's calculator notes alone, 16-3=13, are
+    the solutions. ValueError, one line, for what is missing, malformed or out of reach."""
+    names = dataset.split(",")
+    check_names(names, split, data_dir)
+    questions = []
+    for name in names:
+        known = DATASETS.get(name)
+        parts = ["train", "test"] if split == "all" else [split]
+        if name == "arithmetic":
+            for part in parts:  # the part's name is the seed: all runs share one test set
+                questions += arithmetic(POOL_SIZES[part], part, levels_of(part), part)
+        elif name == "parity":
+            for part in parts:
+                questions += parity(PARITY_SIZES[part], part, bits, part)
+        else:
+            alone = len(names) == 1
+            rows, in_one_piece = files.rows_of(name, known, parts, data_dir, alone)
+            kind = known[-1] if known else None  # None: by what the answers look like
+            for row in parse_rows(rows, kind, fields or {}, notes):
+                # A file in one piece has both splits: take those questions that are of this one.
+                if not in_one_piece or in_split(row["question"], split):
+                    prompt = PLAIN_PROMPT.format(question=row["question"])
+                    questions.append(Question(prompt, **row))
+    if not questions:
+        raise ValueError(f"{dataset} has no {split} questions")
+    if limit is None:
+        return questions
+    if not 1 <= limit <= len(questions):
+        raise ValueError(f"cannot take {limit} questions: {dataset} has {len(questions)} ({split})")
+    chosen = random.Random(seed).sample(range(len(questions)), limit)
+    return [questions[i] for i in sorted(chosen)]  # in the data set's order
+
+
+# --------------------------------------------------------------------------- prompts and tokens
+
+# Prompt and response are tokenized apart and joined as ids, as in generation: there a response
+# continues the prompt's tokens, and no token reaches from one into the other.
+
+
+def encode_prompts(tokenizer, questions, *, chat="auto"):
+    """The token ids that the policy reads, one list a question. chat: 'on' wraps the bare question
+    in the tokenizer's chat template, 'off' takes the plain prompt, 'auto' wraps if there is a
+    template (base models may have one: off)."""
+    if chat not in ("auto", "on", "off"):
+        raise ValueError(f"unknown chat {chat!r}: give auto, on or off")
+    template = tokenizer.chat_template or ""
+    if chat == "on" and not template:
+        raise ValueError("--chat on, but the tokenizer has no chat template: give --chat off")
+    is_plain = PLAIN_TEMPLATE in template  # `add_tags` made it: its tag is never left out
+    prompts = []
+    for q in questions:
+        if template and (is_plain or chat != "off"):
+            text = q.prompt if is_plain else f"{q.question or q.prompt}\n\n{CHAT_INSTRUCTION}"
+            turns = [{"role": "user", "content": text}]
+            try:
+                text = tokenizer.apply_chat_template(
+                    turns, add_generation_prompt=True, tokenize=False
+                )
+            except Exception as error:  # a template is a program, and raises what it likes
+                fails = f"the chat template fails ({first_line(error)})"
+                raise ValueError(f"{fails}: give --chat off") from error
+            ids = tokenizer(text, add_special_tokens=False).input_ids  # the template wrote its BOS
+        else:
+            ids = tokenizer(q.prompt).input_ids  # with BOS, if this tokenizer adds it
+            if ids[-1:] == [tokenizer.eos_token_id]:  # some add EOS: no response would follow it
+                ids = ids[:-1]
+        prompts.append(ids)
+    return prompts
+
+
+def encode_response(tokenizer, text):
+    """The token ids of a text that continues a prompt, without special tokens."""
+    # A SentencePiece tokenizer puts a word-start mark before its input. So the text is encoded
+    # behind a newline, which is then cut off.
+    start = tokenizer("\n", add_special_tokens=False).input_ids
+    ids = tokenizer("\n" + text, add_special_tokens=False).input_ids
+    if ids[: len(start)] == start:
+        return ids[len(start) :]
+    return tokenizer(text, add_special_tokens=False).input_ids  # newline and text became one token
+
+
+def decode_response(tokenizer, rollout):
+    """The text of a response, without its stop token and other special tokens."""
+    ids = rollout.written()
+    # No clean-up: it would make "a." of "a .", and grade what nobody wrote.
+    return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+
+def stop_ids(model, tokenizer):
+    """The ids that end a response: the tokenizer's EOS, and those of the generation config."""
+    # None, one id or a list: a chat model may end its turn with another token than EOS.
+    ids = getattr(model.generation_config, "eos_token_id", None)
+    ids = ids if isinstance(ids, (list, tuple)) else [ids]
+    ids = {tokenizer.eos_token_id, *ids} - {None}
+    if not ids:
+        raise ValueError("no stop token: set tokenizer.eos_token and save the model again")
+    return sorted(ids)
 
 
 # --------------------------------------------------------------------------- tags
 
+# Return-conditioned RL (arXiv 2403.04642): a response is learned behind a tag that says what it was
+# worth, and at test time the model is asked for a good one.
+TAGS = ("<bad>", "<good>")  # a reward, 0 or 1, is the index of its tag
 # A chat template that is the plain prompt, for a model that learned to read a tag before it.
 PLAIN_TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
-TAGS = ("<bad>", "<good>")  # what a response is worth, 0 or 1: return-conditioned RL
 
 
 def add_tags(model, tokenizer, chat="auto"):
-    """Teach tokenizer and model the TAGS, two new tokens (their weights are the mean of the
-    others'), and let every prompt begin with the good one: the chat template says so, and whoever
-    loads the saved model asks for it. Nothing is done to a model that has them. (At a prompt's end
-    a tag would come between question and response, and move them apart.)"""
+    """Add the TAGS, two new tokens, to tokenizer and model, and let every prompt begin with the
+    good one. The chat template writes it, so whoever loads the saved model asks for the good."""
     if TAGS[0] in tokenizer.get_vocab():
-        return
+        return  # it has them
     tokenizer.add_tokens(list(TAGS), special_tokens=True)
     tags = tag_ids(tokenizer)
+    # Many models have more embeddings than tokens: then these two take free ones.
     if len(tokenizer) > len(model.get_input_embeddings().weight):
         model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     for table in (model.get_input_embeddings().weight, model.get_output_embeddings().weight):
-        table.data[tags] = table.data[: min(tags)].mean(0)
+        # Start at the mean of all other tokens: a random vector may be far from all of them.
+        table.data[tags] = table.data[: min(tags)].mean(0)  # (width,), into (2, width)
+    # The tag comes first: at the prompt's end it would stand between question and response.
     if tokenizer.chat_template and chat != "off":
         tokenizer.chat_template = TAGS[1] + tokenizer.get_chat_template()
     else:
@@ -303,34 +319,21 @@ def add_tags(model, tokenizer, chat="auto"):
         tokenizer.chat_template = bos + TAGS[1] + PLAIN_TEMPLATE
 
 
+def remember_chat(tokenizer, chat):
+    """Call it before a trained model is saved: then chat='auto' prompts it as it was trained. One
+    that was trained on plain prompts (chat='off') loses its chat template; whoever loads it, any
+    other program too, sees that there is none."""
+    if chat == "off" and PLAIN_TEMPLATE not in (tokenizer.chat_template or ""):
+        tokenizer.chat_template = None
+
+
 def with_tag(tokenizer, prompt, reward):
-    """A prompt that has the good tag, with the tag of this reward instead; None: with no tag."""
+    """A prompt (ids with the good tag) with the tag of `reward` instead, or with none for None."""
     ids = tag_ids(tokenizer)
-    tag = [] if reward is None else [ids[reward]]
-    at = prompt.index(ids[1])
+    tag = [] if reward is None else [ids[reward]]  # none: for a model that knows no tags
+    at = prompt.index(ids[1])  # 0, or 1 behind a BOS
     return prompt[:at] + tag + prompt[at + 1 :]
 
 
 def tag_ids(tokenizer):
     return tokenizer.convert_tokens_to_ids(list(TAGS))
-
-
-# --------------------------------------------------------------------------- checks
-
-
-def check_names(names, split, data_dir):
-    if split not in ("train", "test", "all"):
-        raise ValueError(f"unknown split {split!r}: give train, test or all")
-    for name in names:
-        known = name in MADE_HERE or name in DATASETS or is_hub_id(name)
-        path = Path(name)
-        if not known and not (path.exists() or path.suffix in SUFFIXES or len(path.parts) > 1):
-            known = ", ".join([*MADE_HERE, *DATASETS])
-            file = "a .jsonl, .json or .parquet file or of a folder with train and test files"
-            way_out = f"give {known}, OWNER/NAME on the hub, or the path of {file}"
-            raise ValueError(f"unknown data set {name!r}: {way_out}")
-        if name in DATASETS and split == "train" and DATASETS[name][2] is None:
-            raise ValueError(f"{name} has no questions to train on: it is for evaluation")
-    if data_dir is not None and not any(name in DATASETS for name in names):
-        named = f"is for data sets with a name ({', '.join(DATASETS)})"
-        raise ValueError(f"--data-dir {data_dir} {named}: leave it out with {','.join(names)!r}")

@@ -11,6 +11,7 @@ policy is paid to fool, so it is strict where leniency could be farmed:
     question 37+26-12 (mod 97), gold answer 51
     37+26=63\\n63-12=51\\n#### 51     1
     #### 51 or 52                   0   however right one of them is
+    \\boxed{51}. The answer is odd.  1   a remark commits to nothing
     #### 63-12                      0   the question, said again
     37+26=63\\n63-12=5               0   cut off by the length limit
 
@@ -19,7 +20,7 @@ Whatever text comes in, it is never executed and cannot hang the run.
 THREE MEASURES, for c right among n samples of a question, averaged over questions, each with its
 standard error:
 
-    mean accuracy   c / n                         how often one sample is right
+    accuracy        c / n                         how often one sample is right
     pass@k          1 - C(n - c, k) / C(n, k)     is one of k samples right? Unbiased (Chen et al.
                                                   2021, arXiv 2107.03374, eq. 1)
     maj@n           is the most frequent answer right? (Wang et al. 2022, arXiv 2203.11171)
@@ -28,21 +29,22 @@ standard error:
 import json
 import math
 import re
-import zlib
 from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import partial
+from math import inf
 from pathlib import Path
-from types import SimpleNamespace
+from typing import Literal
 
 import numpy as np
 import torch
 
 import data
 from data import decode_response
-from plumbing import checkpoint, commands
-from plumbing.answers import ANSWER_CHARS, braced, judges, parse_number, same_math, set_judges, vote
+from plumbing import attention, checkpoint, commands, memory, report
+from plumbing.answers import ANSWER_CHARS, Judges, braced, parse_number, same_math, vote
 from plumbing.processes import all_sum, share
-from plumbing.report import earlier_results, plot, table
 from rollout import StopText, generate
 
 # --------------------------------------------------------------------------- when is it right?
@@ -52,70 +54,104 @@ from rollout import StopText, generate
 # counts as one guess. On GSM8K this is the strict match of lm-evaluation-harness but for two
 # things: the harness takes the first ####, and tells 18.0 from 18.
 MARKER = re.compile(
-    r"(?:####|\\(?:boxed|fbox)\s{0,3}\{|\banswer\s{0,3}(?:is\b(?!\s{0,3}not\b)|[:=])\s{0,3}:?)"
-    r"\s{0,9}",
+    r"(?:####|\\(?:boxed|fbox)(?![A-Za-z])\s{0,3}(?P<brace>\{)?|(?P<tag><answer>)"
+    r"|\banswer\s{0,3}(?:is\b(?!\s{0,3}not\b)|[:=])\s{0,3}:?)\s{0,9}",
     re.I,
 )
-SENTENCE_END = re.compile(r"(?<!\\)[.!?](?=\s|$)|\n")  # not the \! of 1,\! 234
+SENTENCE_END = re.compile(r"(?<!\\)[.!?](?=[\s*`]|$)|\n")  # not the \! of 1,\! 234
+# \[ 7 \] on lines of its own; inline, so that "\[7\] or \[8\]" stays two guesses
+DISPLAY = re.compile(r"[\s*:]*(?:\\\[|\$\$)\s*(.*?)\s*(?:\\\]|\$\$)", re.DOTALL)
+# " -- as required", an emoji: said of the answer. With a digit or an "or" it is one guess more.
+ASIDE = re.compile(
+    r"\s+(?:[—–]|--)\s(?!.*\bor\b)[A-Za-z ,']*$|[\s\u25a0-\u27bf\U0001f000-\U0001faff]+$"
+)
+WORD = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{2,}")  # no \command
 MARKERS_READ = 20  # with these bounds the time is linear in the length of the response
 
 
 def final_answer(response, kind="number", last_number=False):
-    """The text of the answer that a response commits to last, or None. A marker with no number
-    behind it (for 'math': nothing) commits to nothing. last_number: where no marker does, take the
-    last number; lenient, for other formats."""
+    """The text of the answer that a response commits to last, or None. last_number: where no marker
+    commits, take the last number; lenient, for other formats."""
+    remark = None
     for marker in reversed(deque(MARKER.finditer(response), maxlen=MARKERS_READ)):
+        # bounded, so that a million characters behind a marker cost nothing
         window = response[marker.end() : marker.end() + ANSWER_CHARS]
-        text = braced(window) if "{" in marker[0] else SENTENCE_END.split(window, maxsplit=1)[0]
-        cut = len(text) >= ANSWER_CHARS - 1  # 18 of 1800 must not be read as 18
-        if not cut and text.strip() and (kind == "math" or re.search("[0-9]", text)):
-            return text.strip()
-    if not last_number:
-        return None
+        if marker["brace"]:  # \boxed{7}; one that is left open or empty gives ""
+            text = braced(window)
+        elif marker[0].startswith("\\"):  # \boxed 7
+            text = re.match(r"-?(?:[\w.,/]*\w)?", window)[0]
+        elif marker["tag"]:  # <answer>7</answer>
+            text = window.split("</", 1)[0]
+        else:  # the rest of the sentence
+            text = SENTENCE_END.split(DISPLAY.sub(r" $\1$", window), maxsplit=1)[0]
+        # An answer that fills the window may go on: 18 of 1800 must not be read as 18.
+        if len(text) >= ANSWER_CHARS - 1:
+            continue
+        text = ASIDE.sub("", text).strip()
+        # Nothing there, or a heading where a number is due: the marker before may say more.
+        if not re.search("[0-9０-９]" if kind == "number" else r"\S", text):
+            continue
+        # "The answer is in lowest terms": words without any mathematics, or more words than an
+        # answer has, count only where no marker before says more.
+        says_math = re.search(r"[0-9\\$(]|\b[A-Za-z]\b", text) and len(WORD.findall(text)) <= 2
+        if kind == "number" or marker["brace"] or says_math:
+            return text
+        remark = remark or text
+    if remark or not last_number:
+        return remark
+    # no regular expression over the whole response: it could take quadratic time
     end = 1 + max(response.rfind(digit) for digit in "0123456789")
-    tail = response[max(0, end - 60) : end]
+    tail = response[max(0, end - 60) : end]  # no number is longer
     number = re.search(r"(?:(?<![\w)])-)?[0-9.,]*[0-9](?:\s?/\s?[0-9.,]*[0-9])?$", tail)
+    # one that fills the tail may have begun before it
     return number[0] if number and (number.start() > 0 or end <= 60) else None
 
 
-def grade(response, question, *, last_number=False):
+def grade(response, question, *, last_number=False, judges=None):
     """1.0 if the response's final answer equals the question's, else 0.0. No response makes it
-    raise or hang. ValueError: a question that cannot be graded. last_number: see `final_answer`."""
+    raise or hang. ValueError: a question that cannot be graded. judges: the `answers.Judges` that
+    compare LaTeX."""
     if question.kind not in ("number", "math"):
         raise ValueError(f"cannot grade kind {question.kind!r}: give 'number' or 'math'")
-    answer, gold = final_answer(response, question.kind, last_number), question.answer
-    if question.kind == "math":
-        return float(answer is not None and same_math(gold, answer, question.question))
-    if parse_number(gold) is None:
+    gold = question.answer
+    # None equals no answer, so such a question would never pay: it must not pass quietly
+    if question.kind == "number" and parse_number(gold) is None:
         raise ValueError(f"the gold answer {gold[:40]!r} is not a number: give kind='math'")
-    return float(answer is not None and parse_number(answer) == parse_number(gold))
+    answer = final_answer(response, question.kind, last_number)
+    if answer is None:
+        return 0.0
+    # LaTeX: equal in value, and worked out as far as the gold answer
+    if question.kind == "math":
+        return float(same_math(gold, answer, question.question, judges))
+    # exact: fractions, no tolerance that a guess could use
+    return float(parse_number(answer) == parse_number(gold))
+
+
+def rewards(tokenizer, questions, rollouts, *, last_number=False, judges=None):
+    """One list of n `Rollout`s a question -> (questions, n) float32: 1 for a finished, right
+    response, else 0. Several processes share the work."""
+    width = max(map(len, rollouts), default=0)
+    graded = np.zeros((len(questions), width), np.float32)  # (questions, n)
+    places = []  # what is cut off is wrong, whatever it says
+    for i, group in enumerate(rollouts):
+        places += [(i, j) for j, rollout in enumerate(group) if rollout.finished]
+    places = share(places)
+    asked = [questions[i] for i, _ in places]
+    texts = [decode_response(tokenizer, rollouts[i][j]) for i, j in places]
+    grade_one = partial(grade, last_number=last_number, judges=judges)
+    # LaTeX waits for other processes, so in threads; numbers would wait for threads.
+    if any(question.kind == "math" for question in questions):
+        with ThreadPoolExecutor(judges.count if judges else None) as pool:
+            marks = list(pool.map(grade_one, texts, asked))
+    else:
+        marks = map(grade_one, texts, asked)
+    for place, mark in zip(places, marks):
+        graded[place] = mark
+    all_sum(torch.from_numpy(graded))  # in place: each process graded its share, the rest is 0
+    return graded
 
 
 # --------------------------------------------------------------------------- how good is it?
-
-
-def rewards(tokenizer, questions, rollouts, *, last_number=False):
-    """One list of n `Rollout`s a question -> (questions, n) float32: 1 for a finished, right
-    response, else 0. Graded in threads, as many as there are judges; several processes share."""
-    graded = np.zeros((len(questions), max(map(len, rollouts), default=0)), np.float32)
-    finished = []
-    for i, (question, group) in enumerate(zip(questions, rollouts, strict=True)):
-        for j, rollout in enumerate(group):
-            if rollout.finished:
-                finished.append((i, j, decode_response(tokenizer, rollout), question))
-
-    def grade_one(entry):
-        i, j, text, question = entry
-        graded[i, j] = grade(text, question, last_number=last_number)
-
-    if any(question.kind == "math" for question in questions):
-        with ThreadPoolExecutor(judges.qsize()) as pool:
-            list(pool.map(grade_one, share(finished)))
-    else:
-        for entry in share(finished):
-            grade_one(entry)
-    all_sum(torch.from_numpy(graded))  # in place
-    return graded
 
 
 def pass_at_k(right, n, k):
@@ -125,238 +161,245 @@ def pass_at_k(right, n, k):
 
 
 def majority(answers, graded):
-    """Is the most frequent answer right? answers: hashable, None where a response gave none, which
-    is no vote; graded: their rewards. A tie counts as the expectation of a random choice among the
-    tied: the measure draws no numbers."""
+    """Is the most frequent answer right? answers: one a response, None where it gave none, which is
+    no vote; graded: their rewards. A tie counts as the expectation of a random choice among the
+    tied, so that the measure draws no numbers."""
     votes = Counter(answer for answer in answers if answer is not None)
-    tied = [answer for answer, count in votes.items() if count == max(votes.values())]
-    return sum(graded[answers.index(answer)] for answer in tied) / len(tied) if tied else 0.0
+    most = max(votes.values(), default=0)
+    tied = [answer for answer, count in votes.items() if count == most]
+    # Equal answers have equal rewards, so the first response that gave it speaks for each.
+    right = [graded[answers.index(answer)] for answer in tied]
+    return sum(right) / max(1, len(tied))
+
+
+def mean_and_se(values):
+    """(mean, its standard error over questions: std / sqrt(n))."""
+    values = np.asarray(values, np.float64)
+    error = None  # of which one question says nothing
+    if len(values) > 1:
+        error = float(values.std(ddof=1) / math.sqrt(len(values)))
+    return float(values.mean()), error
 
 
 def evaluate(
     model, tokenizer, questions, *, samples=1, temperature=0.0, chat="auto", last_number=False,
-    **generation,
+    judges=None, engine=None, **generation,
 ):  # fmt: skip
-    """Sample `samples` responses a question (by default one, greedy) and measure them. generation:
-    what else `rollout.generate` takes. Returns a dict:
+    """Sample `samples` responses a question (by default one, greedy) and measure them. engine: a
+    `rollout.Engine` to sample with (None: one is made for this call); generation: what else its
+    `generate` takes. Returns a dict:
 
-    n (questions), samples, accuracy and accuracy_se (each question's share of right samples,
-    averaged: the error is clustered by question), by_level {level: {n, accuracy, se}},
-    response_length (mean, tokens), finished (share), success (each question's share of right
-    samples), fingerprint (of the questions), responses (a dict each); with several samples also
-    mean_accuracy (= accuracy), pass@1, pass@2, pass@4 ... and maj@samples, each with its _se.
-    ValueError: no questions, several greedy samples (all alike), what `generate` refuses."""
-    check_evaluate(questions, samples, temperature)
-    generation = {"stop_ids": data.stop_ids(model, tokenizer), "seed": 0, **generation}
-    prompts = data.encode_prompts(tokenizer, questions, chat=chat)
-    groups = generate(model, prompts, n=samples, temperature=temperature, **generation)
-    graded = rewards(tokenizer, questions, groups, last_number=last_number)  # (questions, samples)
-    success = graded.mean(1)
-    responses = []
-    majorities = []
-    for i, (question, group) in enumerate(zip(questions, groups)):
-        texts = [decode_response(tokenizer, rollout) for rollout in group]
-        votes = [
-            vote(final_answer(text, question.kind, last_number)) if rollout.finished else None
-            for text, rollout in zip(texts, group)
-        ]
-        majorities.append(majority(votes, graded[i].tolist()))
-        for text, rollout, reward in zip(texts, group, graded[i].tolist()):
-            row = {"question": question.question or question.prompt, "answer": question.answer}
-            row |= {"response": text, "finished": rollout.finished, "reward": reward}
-            responses.append({**row, "tokens": len(rollout.response)})
-
-    measures = {"accuracy": success}
-    if samples > 1:
-        measures["mean_accuracy"] = success
-        for k in (2**i for i in range(samples.bit_length())):
-            measures[f"pass@{k}"] = [pass_at_k(int(c), samples, k) for c in graded.sum(1)]
-        measures[f"maj@{samples}"] = majorities
-    result = {"n": len(questions), "samples": samples}
-    for name, values in measures.items():
-        result[name], result[name + "_se"] = mean_and_se(values)
-    levels = {question.level for question in questions} - {None}
-    result["by_level"] = {}
-    for level in sorted(levels, key=lambda level: (isinstance(level, str), level)):
-        of_level = success[[q.level == level for q in questions]]
-        mean, se = mean_and_se(of_level)
-        result["by_level"][level] = {"n": len(of_level), "accuracy": mean, "se": se}
-    result["response_length"] = float(np.mean([row["tokens"] for row in responses]))
-    result["finished"] = float(np.mean([row["finished"] for row in responses]))
-    result["fingerprint"] = zlib.crc32("".join(q.prompt + q.answer for q in questions).encode())
-    return {**result, "success": success.tolist(), "responses": responses}
-
-
-def compare(first, second, draws=10_000):
-    """Is `first` better than `second` on the same questions? Both: what `evaluate` returned.
-    Returns (mean difference, its 95 % interval, p). The interval is a paired bootstrap over
-    questions; p is the share of random flips of the differences' signs whose mean is as far from 0
-    (for one response a question that is McNemar's test). ValueError: other questions."""
-    if first["fingerprint"] != second["fingerprint"]:
-        raise ValueError("--against: those were other questions: same --dataset, --split, --limit")
-    rng = np.random.default_rng(0)
-    difference = np.array(first["success"]) - np.array(second["success"])
-    size = len(difference)
-    means = np.array([difference[rng.integers(0, size, size)].mean() for _ in range(draws)])
-    flips = np.array([difference @ rng.choice((-1, 1), size) / size for _ in range(draws)])
-    extreme = (np.abs(flips) >= abs(difference.mean()) - 1e-12).sum()
-    return float(difference.mean()), np.quantile(means, (0.025, 0.975)), (extreme + 1) / (draws + 1)
-
-
-# ==================================================================================================
-# That is the method. Below: the command line. When two answers are equal: answers.py; tables and
-# the picture of a run: report.py.
-# ==================================================================================================
-
-
-def stops(model, tokenizer, text=None):
-    """What ends a response: the model's stop tokens, and `text`, in which \\n is a newline."""
-    ids = data.stop_ids(model, tokenizer)
-    if not text:
-        return ids
-    return StopText(ids, text.replace("\\n", "\n"), tokenizer.decode)
-
-
-def mean_and_se(values):
-    """(mean, its standard error over questions: std / sqrt(n)). One question tells nothing of the
-    error: None."""
-    values = np.asarray(values, np.float64)
-    if len(values) < 2:
-        return float(values.mean()), None
-    return float(values.mean()), float(values.std(ddof=1) / math.sqrt(len(values)))
-
-
-def check_evaluate(questions, samples, temperature):
+    n (questions), samples, accuracy and accuracy_se (the error is clustered by question),
+    accuracy_lenient (if a number may stand unmarked, as the last one), by_level {level: {n,
+    accuracy, se}}, response_length (mean, tokens), finished (share), fingerprint (of the
+    questions), success (each question's share of right samples), responses (a dict each); with
+    several samples also pass@1, pass@2, pass@4 ... and maj@samples, each with its _se. ValueError:
+    no questions, several greedy samples, which are all alike, or what `generate` refuses."""
     if not questions:
         raise ValueError("no questions to evaluate on")
     if samples < 1 or (samples > 1 and temperature == 0):
         given = f"samples={samples} at temperature={temperature}"
         raise ValueError(f"{given}: need 1 or more, and for more a temperature")
+    sample = engine.generate if engine else partial(generate, model)
+    generation = {"stop_ids": data.stop_ids(model, tokenizer), "seed": 0, **generation}
+    prompts = data.encode_prompts(tokenizer, questions, chat=chat)  # token ids
+    # (questions, samples) Rollouts. The seed is fixed: the same model measures the same twice.
+    groups = sample(prompts, n=samples, temperature=temperature, **generation)
+    grading = {"last_number": last_number, "judges": judges}
+    graded = rewards(tokenizer, questions, groups, **grading)  # (questions, samples), 0 or 1
+    success = graded.mean(1)  # (questions,)
+
+    # A model that is right but does not say so where the grader looks has to learn the format, not
+    # the subject. Not asked of LaTeX, which is slow to compare.
+    lenient = success
+    if not last_number and all(question.kind == "number" for question in questions):
+        lenient = rewards(tokenizer, questions, groups, last_number=True).mean(1)
+
+    responses = []  # a dict each, question after question
+    majorities = []  # (questions,)
+    for question, group, grades in zip(questions, groups, graded.tolist()):
+        votes = []
+        for rollout, reward in zip(group, grades):
+            text = decode_response(tokenizer, rollout)
+            answer = final_answer(text, question.kind, last_number) if rollout.finished else None
+            votes.append(vote(answer))  # 18 and 18.0 are the same vote
+            responses.append(
+                {
+                    "question": question.question or question.prompt,
+                    "answer": question.answer,
+                    "response": text,
+                    "finished": rollout.finished,
+                    "reward": reward,
+                    "tokens": len(rollout.response),  # the stop token counts
+                }
+            )
+        majorities.append(majority(votes, grades))
+
+    measures = {"accuracy": success, "accuracy_lenient": lenient}  # (questions,) each
+    if samples > 1:
+        right = graded.sum(1).astype(int).tolist()  # (questions,) c of n
+        for k in [2**i for i in range(samples.bit_length())]:  # 1, 2, 4 ... up to `samples`
+            measures[f"pass@{k}"] = [pass_at_k(c, samples, k) for c in right]
+        measures[f"maj@{samples}"] = majorities
+    result = {"n": len(questions), "samples": samples, "by_level": {}}
+    for name, values in measures.items():
+        result[name], result[name + "_se"] = mean_and_se(values)
+    levels = {question.level for question in questions} - {None}
+    # Numbers come before texts: the two cannot be compared.
+    for level in sorted(levels, key=lambda level: (isinstance(level, str), level)):
+        of_level = success[[question.level == level for question in questions]]
+        mean, se = mean_and_se(of_level)  # of few questions, so it tells less than the whole
+        result["by_level"][level] = {"n": len(of_level), "accuracy": mean, "se": se}
+    result["response_length"] = float(np.mean([row["tokens"] for row in responses]))
+    result["finished"] = float(np.mean([row["finished"] for row in responses]))
+    result["fingerprint"] = report.fingerprint(questions)
+    return {**result, "success": success.tolist(), "responses": responses}
 
 
 # --------------------------------------------------------------------------- the command line
 
 
-# See commands.read_settings. A * means: of a run's folder, what the run used.
-SETTINGS = """
-model            -              -     a model's folder, a run's folder, or a hub id
-plot             -              +     draw these training runs instead
-dataset          arithmetic     -     data sets' names, by commas, or a file's or folder's path *
-bits             24             5..60 parity: bits of a question *
-data_dir         -              -     a folder with the named data sets' files, not the hub *
-question_field   -              -     the rows' name for the question; usual ones are found *
-answer_field     -              -     and for the answer *
-split            test           train|test|all  all: the default of a file in one piece
-limit            0              0..   a random subset of that many questions of each; 0: all
-protocol         greedy         greedy|vineppo  vineppo: 16 samples at temperature 0.35, top-p 0.9
-samples          1              1..   samples a question, besides the greedy one
-temperature      0.35           0..   of the samples
-top_p            0.9            0..1  nucleus of the samples
-max_new_tokens   256            1..   the longest response, in tokens *
-stop             -              -     a text that ends a response; \\n is a newline *
-last_number      off            -     a response with no marked answer: its last number *
-chat             auto           auto|on|off  prompt through the chat template; auto: if any *
-engine           slots          slots|hf  hf: generate through model.generate
-judges           0              0..   processes that compare LaTeX; 0: one a core
-device           auto           -     auto, cpu, cuda or mps
-dtype            auto           auto|float32|bfloat16|float16  auto: bfloat16 on CUDA
-seed             0              0..   of the subset and of the samples
-against          -              -     an evaluated run's folder, or its JSON: is this one better?
-save_samples     -              -     a file for every response and its grade, a JSON a line
-out              -              -     JSON, or PNG of --plot; default: in the (first) run's folder
-"""
-OF_THE_RUN = ("dataset", "data_dir", "question_field", "answer_field", "max_new_tokens", "stop")
-OF_THE_RUN += ("last_number", "chat", "bits")
+@dataclass
+class Settings:
+    """Evaluate a model, or draw training runs. A * means: of a run's folder, what the run used."""
+
+    model: str | None = None  # a model's folder, a run's folder, or a hub id
+    plot: list[str] = field(default_factory=list)  # draw these training runs instead
+    dataset: str | None = None  # data sets by commas, or a file's or folder's path; arithmetic *
+    bits: int = 24  # parity: bits of a question *
+    data_dir: str | None = None  # a folder with the named data sets' files, not the hub *
+    question_field: str | None = None  # the rows' name for the question; usual ones are found *
+    answer_field: str | None = None  # and for the answer *
+    split: Literal["train", "test", "all"] | None = None  # test; all: of a file in one piece
+    limit: int = 0  # a random subset of that many questions of each; 0: all
+    samples: int = 1  # samples a question, besides the greedy one
+    temperature: float = 0.35  # of the samples
+    top_p: float = 0.9  # nucleus of the samples
+    max_new_tokens: int = 256  # the longest response, in tokens *
+    stop: str | None = None  # a text that ends a response; \n is a newline *
+    last_number: bool = False  # a response with no marked answer is graded by its last number *
+    skip_long: bool = False  # leave out questions that do not fit the model's context *
+    chat: Literal["auto", "on", "off"] = "auto"  # through the chat template; auto: if any *
+    judges: int = 0  # processes that compare LaTeX; 0: one a core
+    device: str = "auto"  # auto, cpu, cuda or mps
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: bfloat16 on CUDA
+    seed: int = 0  # of the subset and of the samples
+    against: str | None = None  # an evaluated run's folder, or its JSON: is this one better?
+    save_samples: str | None = None  # a file for every response and its grade, a JSON a line
+    out: str | None = None  # JSON, or PNG of --plot; by default in the (first) run's folder
 
 
-def settings_for(flags):
-    """All settings; where a run's folder is given, it is evaluated as it was trained."""
-    settings = {name: row[0] for name, row in commands.read_settings(SETTINGS).items()}
-    if flags.get("protocol") == "vineppo":
-        settings["samples"] = 16
-    run = Path(flags["model"])
-    trained_on = None
+# What a run's config.json says of how to prompt, sample and grade; the second line, of its files.
+OF_THE_RUN = ("dataset", "bits", "max_new_tokens", "stop", "last_number", "skip_long", "chat")
+OF_ITS_DATA = ("data_dir", "question_field", "answer_field")
+
+
+def usual(seen):
+    """Defaults of the flags that were not given: a run's folder is evaluated as it was trained."""
+    defaults = {"dataset": "arithmetic", "split": "test"}
+    run = Path(seen.model or "")
+    its_own = False  # is this the data that the run was trained on?
+    # A model's own folder has a config.json too; only a run's has both.
     if (run / "model" / "config.json").exists() and (run / "config.json").exists():
-        used = json.loads((run / "config.json").read_text())
-        trained_on = used["dataset"]
-        if flags.get("dataset", trained_on) != trained_on:
-            for another in ("data_dir", "question_field", "answer_field"):
-                used.pop(another, None)
-        settings |= {name: used[name] for name in OF_THE_RUN if name in used}
-    settings |= flags
-    if Path(settings["dataset"]).is_file() and settings["dataset"] != trained_on:
-        settings["split"] = flags.get("split", "all")
-    args = SimpleNamespace(**settings)
-    commands.check_settings(SETTINGS, args)
-    if args.samples == 1 and {"temperature", "top_p"} & flags.keys():
-        raise ValueError("--temperature and --top_p are for several samples: give --samples too")
-    return args
+        try:
+            used = dict(json.loads((run / "config.json").read_text()))
+        except (ValueError, TypeError) as error:
+            unread = f"--model {run}: no settings in its config.json ({commands.first_line(error)})"
+            raise ValueError(f"{unread}: give {run / 'model'} instead") from error
+        its_own = seen.dataset in (None, used.get("dataset"))
+        names = OF_THE_RUN + OF_ITS_DATA if its_own else OF_THE_RUN
+        defaults |= {name: used[name] for name in names if name in used}
+    # A run splits a file in two, by a hash. A file that it has not seen is taken whole.
+    if not its_own and Path(seen.dataset or "").is_file():
+        defaults["split"] = "all"
+    return defaults
 
 
-def evaluate_dataset(args, name, model, tokenizer):
-    """{'greedy': ..., 'mean of 16': ...}: what `evaluate` returns, printed as it comes."""
-    fields = {"question": args.question_field, "answer": args.answer_field}
-    questions = data.load_questions(
-        name, args.split, data_dir=args.data_dir, limit=args.limit or None, seed=args.seed,
-        fields=fields, bits=args.bits,
-    )  # fmt: skip
-    names = ("max_new_tokens", "chat", "seed", "engine", "last_number")
-    settings = {"progress": True, **{name: getattr(args, name) for name in names}}
-    settings["stop_ids"] = stops(model, tokenizer, args.stop)
-    results = {"greedy": evaluate(model, tokenizer, questions, **settings)}
-    if args.samples > 1:
-        settings |= {name: getattr(args, name) for name in ("samples", "temperature", "top_p")}
-        results[f"mean of {args.samples}"] = evaluate(model, tokenizer, questions, **settings)
-    print(f"{args.model} on {name}, {args.split} split", table(results), sep="\n")
-    cut_off = f"{1 - results['greedy']['finished']:.1%} of the greedy responses"
-    print(f"{cut_off} ran into --max_new_tokens {args.max_new_tokens}, which counts as wrong")
-    return results
-
-
-def print_comparison(earlier, name, results):
-    for measure, result in results.items():
-        before = earlier.get(name, {}).get(measure)
-        if before is None:
-            raise ValueError(f"--against holds no {measure} of {name}: evaluate that model on it")
-        difference, (low, high), p = compare(result, before)
-        interval = f"{difference:+.3f}, 95% interval {low:+.3f} to {high:+.3f}, p = {p:.4f}"
-        print(f"{measure} against {before['accuracy']:.3f}: {interval}")
+def stops(model, tokenizer, text=None):
+    """What ends a response: the model's stop tokens, and `text`, in which \\n is a newline."""
+    ids = data.stop_ids(model, tokenizer)
+    return StopText(ids, text.replace("\\n", "\n"), tokenizer.decode) if text else ids
 
 
 def main(argv=None):
-    flags = commands.parse_flags(SETTINGS, "Evaluate a checkpoint, or draw training runs.", argv)
-    if "plot" in flags:
-        out = Path(flags.get("out") or Path(flags["plot"][0], "curves.png"))
-        if out.suffix != ".png":
-            raise ValueError(f"--out {out} is not the name of a .png file")
-        plot(flags["plot"], out)
+    config = commands.parse(Settings, argv, usual(commands.parse(Settings, argv)))
+    if config.plot:
+        out = Path(config.out or Path(config.plot[0], "curves.png"))
+        commands.require(out.suffix == ".png", f"--out {out} is not the name of a .png file")
+        report.plot(config.plot, out)
         return print(f"wrote {out}")
-    if "model" not in flags:
-        raise ValueError("nothing to do: give --model DIR to evaluate, or --plot RUN to draw")
-    args = settings_for(flags)
-    data.check_names(args.dataset.split(","), args.split, args.data_dir)  # before the model
-    datasets = "+".join(Path(name).stem for name in args.dataset.split(","))
-    file = f"eval_{datasets}_{args.split}.json"
-    earlier = earlier_results(args.against, file) if args.against else {}
-    set_judges(args.judges)
-    model, tokenizer = checkpoint.load_model(args.model, device=args.device, dtype=args.dtype)
-    evaluations = {}
-    samples = []
-    for name in args.dataset.split(","):
-        evaluations[name] = evaluate_dataset(args, name, model, tokenizer)
-        for measure, result in evaluations[name].items():
-            rows = result.pop("responses")
-            samples += [{"dataset": name, "measure": measure, **row} for row in rows]
-        if args.against:
-            print_comparison(earlier, name, evaluations[name])
-    if args.save_samples:
-        lines = [json.dumps(row) + "\n" for row in samples]
-        Path(args.save_samples).write_text("".join(lines))
-    folder = Path(args.model) if Path(args.model).is_dir() else Path()
-    out = Path(args.out or folder / file)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    content = {"settings": vars(args), "results": evaluations}
-    out.write_text(json.dumps(content, indent=1) + "\n")
+    commands.require(config.model, "give --model DIR to evaluate, or --plot RUN to draw")
+    commands.check_limits(config, bits=(5, 60), samples=(1, inf), max_new_tokens=(1, inf))
+    commands.check_limits(config, limit=(0, inf), judges=(0, inf), seed=(0, inf))
+    commands.check_limits(config, temperature=(0, inf), top_p=(0, 1))
+    measures = {"greedy": {}}  # name: what `evaluate` is told besides
+    sampling = {"temperature": config.temperature, "top_p": config.top_p}
+    if config.samples > 1:
+        measures[f"mean of {config.samples}"] = {"samples": config.samples, **sampling}
+    elif any(value != getattr(Settings, name) for name, value in sampling.items()):
+        raise ValueError("--temperature and --top_p are for several samples: give --samples too")
+
+    # --- Whatever may go wrong does so before anything is sampled: files first, then the data, the
+    # model, the length of the prompts, and the questions of an earlier evaluation.
+    names = config.dataset.split(",")
+    data.check_names(names, config.split, config.data_dir)
+    file = f"eval_{'+'.join(Path(name).stem for name in names)}_{config.split}.json"
+    # Beside the model, so that --against can name a run; a hub id has no folder.
+    folder = Path(config.model) if Path(config.model).is_dir() else Path()
+    out = Path(config.out or folder / file)
+    checkpoint.check_writable("out", out)
+    if config.out and out.exists():  # only an evaluation may be written over
+        is_ours = '"results"' in out.read_text(errors="replace")
+        commands.require(is_ours, f"--out {out} is there, and no evaluation: give another name")
+    if config.save_samples:
+        samples_file = Path(config.save_samples)
+        checkpoint.check_writable("save_samples", samples_file)
+        used = f"--save_samples {samples_file}: it is there already, or --out: give another name"
+        commands.require(not samples_file.exists() and samples_file != out, used)
+    earlier = report.earlier_results(config.against, file) if config.against else {}
+    source = {name: getattr(config, name) for name in ("split", "seed", "bits")}
+    source["limit"] = config.limit or None
+    source["fields"] = {"question": config.question_field, "answer": config.answer_field}
+    questions = {}
+    for name in names:
+        # A path, and what is made here, need no folder of named data sets and would refuse it.
+        own = name in data.MADE_HERE or Path(name).exists()
+        place = None if own else config.data_dir
+        questions[name] = data.load_questions(name, data_dir=place, **source)
+    model, tokenizer = checkpoint.load_model(config.model, device=config.device, dtype=config.dtype)
+    context = attention.longest_context(model.config.get_text_config()) or inf  # in tokens
+    for name in names:
+        # A prompt that is too long would otherwise end the last data set after hours of the others.
+        prompts = data.encode_prompts(tokenizer, questions[name], chat=config.chat)
+        fitting = memory.fitting(prompts, context, config, name)  # indices
+        questions[name] = [questions[name][i] for i in fitting]
+        if config.against:
+            report.check_earlier(earlier, name, measures, questions[name])
+
+    # --- Sample, grade, print. All is written after each data set: the next one may fail.
+    shared = ("seed", "max_new_tokens", "chat", "last_number")
+    shared = {name: getattr(config, name) for name in shared}
+    shared["stop_ids"] = stops(model, tokenizer, config.stop)
+    shared |= {"judges": Judges(config.judges), "progress": True}
+    evaluations = {}  # data set: measure: what `evaluate` returned, but for the responses
+    samples = []  # these, a JSON line each
+    for name in names:
+        results = evaluations[name] = {}
+        for measure, how in measures.items():
+            result = evaluate(model, tokenizer, questions[name], **shared, **how)
+            for row in result.pop("responses"):
+                samples.append(json.dumps({"dataset": name, "measure": measure, **row}) + "\n")
+            results[measure] = result
+        content = {"settings": vars(config), "results": evaluations}
+        checkpoint.write(out, json.dumps(content, indent=1) + "\n")
+        if config.save_samples:
+            checkpoint.write(Path(config.save_samples), "".join(samples))
+
+        print(f"{config.model} on {name}, {config.split} split", report.table(results), sep="\n")
+        cut_off = f"{1 - results['greedy']['finished']:.1%} of the greedy responses ran into"
+        print(f"{cut_off} --max_new_tokens {config.max_new_tokens}, which counts as wrong")
+        for measure in measures if config.against else ():
+            print(f"{measure} {report.comparison(results[measure], earlier[name][measure])}")
     print(f"wrote {out}")
 
 

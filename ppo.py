@@ -1,4 +1,4 @@
-"""From rewards to a policy update: advantages, PPO's clipped loss, the value model, log-probs.
+"""From rewards to a policy update: advantages, PPO's clipped loss, the critic, the epochs.
 
 State s_t: the prompt and the response so far. Action a_t: the next token. The reward is 0 until the
 last token, which gets the grade. A policy gradient raises log pi(a_t | s_t) in proportion to the
@@ -9,7 +9,7 @@ differ in what they compare the reward with:
     GRPO, RLOO   the other responses to the same question              group_advantages
     VinePPO      fresh rollouts from s_t                               vineppo.py
 
-Two responses to "What is 2 + 3 + 4?", where $ stops, and what each token is told:
+Two responses to "What is 2 + 3 + 4?" and the advantage of each token ($ is the stop token):
 
     response                       5   +   4   =   9   $         5   +   4   =   8   $
     reward                                             1                             0
@@ -22,508 +22,389 @@ The loss is PPO's (arXiv 1707.06347, eq. 7), with r_t = pi(a_t | s_t) / pi_old(a
 
     mean over response tokens of  -min(r_t A_t, clip(r_t, 1 - eps, 1 + eps) A_t)
 
-A rollout has `.prompt` and `.response`, lists of token ids. What belongs to response tokens is a
-list with a 1-D float32 CPU tensor a rollout; (tokens,) stands for those of a micro-batch, joined.
+A rollout has `.prompt` and `.response`, lists of token ids. Numbers for response tokens come as a
+list: one 1-D float32 CPU tensor for each rollout. Where rollouts are joined, (tokens,) stands for
+all their response tokens, one after the other. config: sfl.py's settings, or any object like them.
 """
 
 import copy
 import math
 import statistics
-from collections import defaultdict
 from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.nn.utils import clip_grad_norm_
-from torch.nn.utils.rnn import pad_sequence
+from torch.nn.utils.rnn import pad_sequence, unpad_sequence
 
-from plumbing import processes
+from plumbing.batches import in_microbatches, padded_batch, padded_lists
 from plumbing.commands import require
 from plumbing.logprobs import mixed_precision, no_dropout, token_logprobs
-from plumbing.memory import until_it_fits
-from plumbing.processes import all_shares, all_sum, gather, many_processes, share
+from plumbing.processes import all_sum, sum_gradients, whole
 
-# --------------------------------------------------------------------------- advantages
-
-
-def gae(rewards, values, mask, *, gamma, lam):
-    """Generalized advantage estimation (arXiv 1506.02438, eq. 16). All arguments (batch, time).
-
-        delta_t = r_t + gamma V(s_{t+1}) - V(s_t),    A_t = delta_t + gamma lam A_{t+1}
-
-    mask: True at the response tokens, one unbroken run a row; what follows them is terminal, of
-    value 0. Returns advantages, and returns A_t + V(s_t), the critic's targets; 0 outside it."""
-    rewards = torch.where(mask, rewards, 0)
-    values = torch.where(mask, values, 0)
-    advantages = torch.zeros_like(values)
-    advantage = torch.zeros_like(values[:, 0])
-    next_value = torch.zeros_like(values[:, 0])
-    for t in reversed(range(values.shape[1])):
-        delta = rewards[:, t] + gamma * next_value - values[:, t]
-        advantage = (delta + gamma * lam * advantage) * mask[:, t]
-        advantages[:, t] = advantage
-        next_value = values[:, t]
-    return advantages, advantages + values
-
-
-def critic_advantages(critic, rollouts, rewards, settings, *, learn=False):
-    """PPO's advantages: the critic's values, the reward (one a rollout) on the last token, GAE.
-    Returns advantages (not whitened), values and returns, each a list of 1-D tensors.
-
-    learn: leave the gradient of the critic's loss in the critic. An update of a single step, which
-    is then told that the critic has `learned`, need not run it over the same rollouts again."""
-    if learn:
-        values = learning_values(critic, rollouts, rewards, settings)
-    else:
-        values = rollout_values(critic, rollouts, settings)
-    advantages, returns = response_gae(values, rewards, settings)
-    return advantages, values, returns
+# --- Advantages: how much better was this token than expected? ------------------------------------
 
 
 def group_advantages(rewards, *, how):
-    """The baseline is the other responses to the same question. (questions, n) -> (questions, n).
-    'grpo': (r_i - mean) / sample std (DeepSeekMath, arXiv 2402.03300, section 4.1.2). 'rloo': r_i -
-    mean of the n - 1 others (arXiv 2402.14740), unbiased, and keeps the reward's scale. A group
-    that agrees gives exactly 0. ValueError: n = 1, which leaves nothing to compare with."""
-    check_groups(rewards, how)
-    # float32 numbers add up exactly in float64: equal rewards cancel
-    rewards = np.asarray(rewards, dtype=np.float32).astype(np.float64)
+    """Compare with the other responses to the same question. (questions, n) -> (questions, n).
+
+        'grpo'    A_i = (r_i - mean of r) / std of r         arXiv 2402.03300, section 4.1.2
+        'rloo'    A_i = r_i - mean of the n - 1 other r      arXiv 2402.14740
+
+    RLOO's is unbiased and keeps the reward's scale. A group of equal rewards gives exactly 0."""
+    require(how in ("grpo", "rloo"), f"group baseline {how!r}: choose 'grpo' or 'rloo'")
+    rewards = np.asarray(rewards, dtype=np.float32)
+    n = rewards.shape[-1]
+    require(rewards.ndim == 2 and n > 1, f"rewards {rewards.shape}: need (questions, at least 2)")
+    # Sums of float32 numbers are exact in float64, so that equal rewards cancel to exactly 0.
+    rewards = rewards.astype(np.float64)
     if how == "grpo":
-        deviation = rewards - rewards.mean(1, keepdims=True)
-        advantages = deviation / (rewards.std(1, ddof=1, keepdims=True) + 1e-6)
+        mean = rewards.mean(1, keepdims=True)  # (questions, 1)
+        std = rewards.std(1, ddof=1, keepdims=True)  # (questions, 1), n - 1 in the denominator
+        advantages = (rewards - mean) / (std + 1e-6)  # all equal: 0 / 1e-6
     else:
-        others = rewards.sum(1, keepdims=True) - rewards
-        advantages = rewards - others / (rewards.shape[1] - 1)
+        others = rewards.sum(1, keepdims=True) - rewards  # (questions, n) sum of the n - 1 others
+        advantages = rewards - others / (n - 1)
     return advantages.astype(np.float32)
+
+
+def per_token(rollouts, numbers):
+    """A number for each rollout -> (response length,) for each, with it at every response token."""
+    tensors = []
+    for rollout, number in zip(rollouts, numbers, strict=True):
+        tensors.append(torch.full((len(rollout.response),), float(number)))
+    return tensors
+
+
+def gae(rewards, values, mask, *, gamma, lam):
+    """Generalized advantage estimation (arXiv 1506.02438, eq. 16, as a recursion). Tensors are
+    (batch, time); here r_t is the reward, not the ratio.
+
+        delta_t = r_t + gamma V(s_{t+1}) - V(s_t),    A_t = delta_t + gamma lam A_{t+1}
+
+    mask: True at the response tokens, which stand side by side. The state after the last one is
+    terminal, of value 0. Gives the advantages A_t and the returns A_t + V(s_t), which the critic
+    learns to predict. Both are 0 outside the mask."""
+    values = torch.where(mask, values, 0)  # a NaN in the padding must not reach a sum
+    advantages = torch.zeros_like(values)
+    advantage = torch.zeros_like(values[:, 0])  # (batch,) A_{t+1}
+    next_value = torch.zeros_like(values[:, 0])  # (batch,) V(s_{t+1})
+    # Backwards: A_t is made from A_{t+1}.
+    for t in reversed(range(values.shape[1])):
+        delta = rewards[:, t] + gamma * next_value - values[:, t]  # (batch,)
+        # A_t; 0 outside the response, whatever stands there
+        advantage = torch.where(mask[:, t], delta + gamma * lam * advantage, 0)
+        advantages[:, t] = advantage
+        next_value = values[:, t]
+    return advantages, advantages + values  # (batch, time) each
+
+
+def response_gae(values, rewards, config):
+    """`gae` of responses. values: V(s_t) of each response token, from `rollout_values`. rewards:
+    one for each rollout. Gives the advantages and the returns, two lists like values."""
+    lengths = torch.tensor([len(value) for value in values])  # (rollouts,)
+    values = pad_sequence(values, batch_first=True)  # (rollouts, time of the longest)
+    time = torch.arange(values.shape[1])
+    mask = time < lengths[:, None]  # (rollouts, time)
+    last = time == lengths[:, None] - 1  # the reward comes with the last token
+    rewards = torch.as_tensor(rewards, dtype=torch.float32)
+    rewards = last * rewards[:, None]  # (rollouts, time)
+    # (rollouts, time) each
+    advantages, returns = gae(rewards, values, mask, gamma=config.gamma, lam=config.lam)
+    advantages = unpad_sequence(advantages, lengths, batch_first=True)
+    return advantages, unpad_sequence(returns, lengths, batch_first=True)
 
 
 def whiten(advantages):
     """Advantages to mean 0 and standard deviation 1 over all response tokens of the iteration: the
-    step no longer depends on the reward's scale. All equal: exactly 0. (The authors' code whitens
-    each minibatch by itself: there an advantage depends on which rollouts it is trained with.)"""
-    tokens = torch.cat(list(advantages)).double()
-    mean, std = tokens.mean(), tokens.std(correction=0)
-    return [((a.double() - mean) / (std + 1e-8)).float() for a in advantages]
-
-
-# --------------------------------------------------------------------------- the update
-
-
-def kl_k3(ref, new):
-    """KL(pi || pi_ref) from log-probs of tokens sampled from pi: exp(d) - d - 1 with d = ref - new
-    (k3; GRPO's eq. 4). Unbiased, never negative. Clamped to [0, 10]: no token may own the batch."""
-    # k3 is past 10 there anyway, and exp's infinity would turn the clamp's gradient into NaN
-    d = (ref - new).clamp(-20, 20)
-    return (torch.expm1(d) - d).clamp(0, 10)
-
-
-def clipped_surrogate(ratio, advantages, clip):
-    """PPO's loss a token (eq. 7, negated). Where the ratio has left [1 - clip, 1 + clip] in the
-    direction that pays, the minimum is the clipped term, which has no gradient. (tokens,) each."""
-    clipped = ratio.clamp(1 - clip, 1 + clip)
-    return -torch.min(ratio * advantages, clipped * advantages)
-
-
-def value_loss(new, old, returns, value_clip):
-    """0.5 max((v - R)^2, (v_old + clip(v - v_old) - R)^2), as PPO's public codes have it: beyond
-    the clip getting closer to R no longer pays, while coming back always does. (tokens,) each."""
-    loss = (new - returns) ** 2
-    if value_clip is not None:
-        clipped = old + (new - old).clamp(-value_clip, value_clip)
-        loss = torch.max(loss, (clipped - returns) ** 2)
-    return 0.5 * loss
-
-
-def update(
-    policy, optimizer, rollouts, advantages, settings, *, old_logprobs=None, ref_logprobs=None,
-    critic=None, values=None, returns=None, learned=False, rng=None,
-):  # fmt: skip
-    """PPO's epochs of minibatches over an iteration's rollouts (arXiv 1707.06347, algorithm 1);
-    with no critic, the update of GRPO, RLOO and VinePPO. Returns metrics: see `update_metrics`.
-
-    optimizer: one for the parameters of policy and critic. Lists, a tensor a rollout: advantages;
-    old_logprobs, of the policy that sampled (None: `sampled_logprobs`, or if there is but one step
-    the new ones, so the ratio is 1); ref_logprobs, of the frozen reference, for kl_coef > 0; values
-    and returns. learned: see `critic_advantages`. rng: draws the minibatches. Leaves the models in
-    eval mode.
-
-    The KL is summed over a response and averaged over responses, as in the authors' code.
-    Micro-batches do not change a gradient, nor do several processes (torch.distributed), each of
-    which has all rollouts and does its share of a minibatch. Without a KL, rollouts whose
-    advantages are all 0 stay out of the policy's pass: they have no gradient, but count in the
-    mean. A NaN or an infinity makes no step: see `step`."""
-    s = settings
-    lists = {"old_logprobs": old_logprobs, "ref_logprobs": ref_logprobs}
-    lists |= {"advantages": advantages, "values": values, "returns": returns}
-    check_update(s, rollouts, lists, critic, learned)
-    no_dropout(policy)
-    rng = rng or np.random.default_rng(0)
-    parts = math.ceil(len(rollouts) / s.minibatch)  # minibatches an epoch, of like size
-    has_gradient = [s.kl_coef > 0 or bool(a.any()) for a in advantages]
-    if old_logprobs is None and s.epochs * parts > 1:
-        old_logprobs = sampled_logprobs(policy, rollouts, s, only=has_gradient)
-    log = defaultdict(list)
-    device = next(policy.parameters()).device
-    if not learned:
-        optimizer.zero_grad()
-
-    for _ in range(s.epochs):
-        for minibatch in np.array_split(rng.permutation(len(rollouts)), parts):
-            # the critic: squared error to the returns
-            if critic is not None:
-                tokens = sum(len(rollouts[i].response) for i in minibatch)
-                if learned:  # `learning_values` left the gradient; only its loss is missing
-                    old, target = torch.cat(values), torch.cat(returns)
-                    error = value_loss(old, old, target, s.value_clip).sum()
-                else:
-                    for attempt in until_it_fits(s, optimizer.zero_grad):
-                        with attempt:
-                            error = torch.zeros((), device=device)
-                            for batch in microbatches(rollouts, s.tokens_per_microbatch, minibatch):
-                                new = response_values(critic, [rollouts[i] for i in batch], s)
-                                old = pick(values, batch, new)  # (tokens,), as all of these
-                                target = pick(returns, batch, new)
-                                loss = value_loss(new, old, target, s.value_clip).sum()
-                                (loss / tokens).backward()
-                                error += loss.detach()
-                    error = all_sum(error)
-                error = float(error)
-                norm = step(critic, optimizer, error, s.max_grad_norm)
-                log["critic"].append({"error": error, "tokens": tokens, "grad_norm": norm})
-
-            # the policy: the clipped surrogate, and the KL to the reference
-            weights = token_weights(rollouts, minibatch, s.loss_average)
-            active = [i for i in minibatch if has_gradient[i]]
-            if not active:
-                continue
-            for attempt in until_it_fits(s, optimizer.zero_grad):
-                with attempt:
-                    sums = torch.zeros(len(TOKEN_SUMS), device=device)
-                    for batch in microbatches(rollouts, s.tokens_per_microbatch, active):
-                        new = response_logprobs(policy, [rollouts[i] for i in batch], s)
-                        old = pick(old_logprobs, batch, new)  # (tokens,), as all of these; None:
-                        ref = pick(ref_logprobs, batch, new)  # as `new`, so ratio 1 and KL 0
-                        advantage = pick(advantages, batch, new)
-                        ratio = (new - old).exp()
-                        surrogate = clipped_surrogate(ratio, advantage, s.clip)
-                        kl = kl_k3(ref, new)
-                        loss = (surrogate * pick(weights, batch, new)).sum()
-                        loss = loss + s.kl_coef * kl.sum() / len(minibatch)
-                        loss.backward()
-                        clipped = surrogate > -ratio * advantage  # there the token has no gradient
-                        sums += token_sums(surrogate, kl, kl_k3(new, old), clipped, ratio)
-            sums = dict(zip(TOKEN_SUMS, all_sum(sums).tolist()))  # over tokens, in one transfer
-            if sums["ratio_mean"] / sums["tokens"] > s.max_ratio:
-                log["skipped"].append(sums)
-                optimizer.zero_grad()
-            else:
-                finite = sums["policy_loss"] + sums["kl"]  # or not: `step` asks no more
-                norm = step(policy, optimizer, finite, s.max_grad_norm)
-                log["policy"].append({**sums, "grad_norm": norm})
-
-    return update_metrics(log, ref_logprobs, values, returns)
-
-
-# --------------------------------------------------------------------------- policy and critic
+    step no longer depends on the reward's scale. If all are equal they become exactly 0. (VinePPO's
+    code whitens each minibatch: there an advantage depends on the rollouts it is trained with.)"""
+    tokens = torch.cat(advantages).double()  # (tokens,) of all rollouts
+    white = (tokens - tokens.mean()) / (tokens.std(correction=0) + 1e-8)  # all equal: 0 / 1e-8
+    return list(white.float().split([len(a) for a in advantages]))
 
 
 class ValueModel(nn.Module):
-    """V(s): a copy of a causal model's backbone with a scalar head. (batch, time) ids -> (batch,
-    time) float32, at t the value of the state after tokens[:t + 1], in which token t + 1 is chosen.
+    """The critic, V(s): a copy of a causal model's backbone with a scalar head.
 
-    The head starts at 0, so the first advantages are the plain rewards, with no noise added."""
+    (batch, time) ids -> (batch, time) float32, at t the value of the state after tokens[:t + 1], in
+    which token t + 1 is chosen."""
 
     def __init__(self, model):
         super().__init__()
-        weight = model.get_output_embeddings().weight
-        self.backbone = copy.deepcopy(model.base_model).requires_grad_(True)
-        self.head = nn.Linear(weight.shape[1], 1, device=weight.device)
+        width = model.get_output_embeddings().in_features
+        self.backbone = copy.deepcopy(model.base_model)
+        self.head = nn.Linear(width, 1, device=model.device)
+        # At first every value is 0, so the first advantages are the plain rewards, with no noise.
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
 
     def forward(self, tokens):
-        hidden = self.backbone(input_ids=tokens, use_cache=False).last_hidden_state
-        with torch.autocast(tokens.device.type, enabled=False):  # bfloat16 has 0.996, then 1
-            return self.head(hidden.to(self.head.weight.dtype)).squeeze(-1)
+        output = self.backbone(input_ids=tokens, use_cache=False)
+        hidden = output.last_hidden_state  # (batch, time, width)
+        # Not in bfloat16: there the next number below 1 is 0.996.
+        with torch.autocast(tokens.device.type, enabled=False):
+            hidden = hidden.to(self.head.weight.dtype)
+            return self.head(hidden).squeeze(-1)  # (batch, time)
 
 
-# ==================================================================================================
-# That is the method. Below: settings, the optimizer's step, micro-batches, scores of rollouts,
-# metrics, checks. Log-probs in little memory: transformer.py.
-# ==================================================================================================
+# --- Log-probs and values of response tokens ------------------------------------------------------
 
 
-@dataclass
-class Settings:
-    """What an update must know. Any object with these attributes will do."""
-
-    temperature: float = 1.0  # of the sampling: log-probs are of softmax(logits / temperature)
-    gamma: float = 1.0  # discount
-    lam: float = 1.0  # GAE's lambda: at 1 the reward alone speaks, at 0 the next value
-    clip: float = 0.2  # eps of the ratio
-    value_clip: float | None = 0.2  # how far a value may move and still gain; None: any
-    kl_coef: float = 0.0  # weight of the KL to the frozen reference, summed over a response
-    loss_average: str = "token"  # all tokens alike, or "response": all responses alike
-    epochs: int = 1  # passes over the rollouts
-    minibatch: int = 64  # rollouts an optimizer step
-    max_grad_norm: float | None = 1.0  # of policy and critic each; None: no clipping
-    max_ratio: float = 10.0  # a minibatch of larger mean ratio makes no policy step
-    tokens_per_microbatch: int = 8192  # padded tokens in one forward and backward
-    fsdp: bool = False  # are the models in parts (`processes.shard`)?
-    autocast: torch.dtype | None = None  # None or torch.bfloat16: of the matrix products
-
-
-def response_logprobs(policy, rollouts, settings):
-    """log pi of the response tokens, (tokens,): new, old and reference log-probs alike."""
-    with mixed_precision(policy, settings.autocast):
-        tokens, mask = pad(rollouts, policy)
-        logprobs = token_logprobs(policy, tokens, temperature=settings.temperature, mask=mask)
+def response_logprobs(policy, rollouts, config):
+    """log pi(a_t | s_t), (tokens,), where pi = softmax(logits / temperature). That is what was
+    sampled from, before top_p cut it off. New, old and reference log-probs are all of this kind."""
+    tokens, mask = padded_batch(rollouts, policy)  # mask: is the next token of the response?
+    with mixed_precision(policy, config.dtype):
+        logprobs = token_logprobs(policy, tokens, temperature=config.temperature, mask=mask)
     return logprobs[mask]
 
 
-def response_values(critic, rollouts, settings):
-    """V of the states in which the response tokens were chosen, (tokens,)."""
-    with mixed_precision(critic, settings.autocast):
-        tokens, mask = pad(rollouts, critic)
-        values = critic(tokens[:, :-1])
+def response_values(critic, rollouts, config):
+    """V(s_t) of the states in which the response tokens were chosen, (tokens,)."""
+    tokens, mask = padded_batch(rollouts, critic)
+    with mixed_precision(critic, config.dtype):
+        values = critic(tokens[:, :-1])  # (batch, time - 1): after the last token nothing is chosen
     return values[mask]
 
 
-def step(model, optimizer, loss, max_grad_norm):
-    """An optimizer step along the gradient at hand, of all processes together; the gradient's norm
-    before clipping. With a NaN or an infinity in loss or gradient no step is made, and the norm is
-    NaN: it is counted in the metrics, and `model.bad_steps` counts how many came in a row."""
-    parameters = [p for p in model.parameters() if p.grad is not None]
-    for parameter in parameters if many_processes() else []:
-        if processes.is_part(parameter):
-            parameter.grad *= dist.get_world_size()  # FSDP's is the mean of the processes'
-        else:
-            all_sum(parameter.grad)
-    limit = math.inf if max_grad_norm is None else max_grad_norm
-    norm = float(processes.whole(clip_grad_norm_(parameters, limit)))
-    if math.isfinite(loss) and math.isfinite(norm):
-        model.bad_steps = 0
-        optimizer.step()  # the other model has no gradients now, so stays as it is
-    else:
-        model.bad_steps = getattr(model, "bad_steps", 0) + 1
-        norm = math.nan
-    optimizer.zero_grad()  # now: generation can use the memory
-    return norm
-
-
-def token_weights(rollouts, minibatch, average):
-    """{i: the weight of each token of rollout i in the minibatch's mean}, summing to 1. 'token':
-    all tokens alike, as in the papers' PPO. 'response': each response alike, so 1/|o| for its
-    tokens (GRPO as published: DeepSeekMath, eq. 3), which weighs tokens of long responses less."""
-    lengths = {i: len(rollouts[i].response) for i in minibatch}
-    tokens = sum(lengths.values())
-    weights = {}
-    for i, length in lengths.items():
-        weight = 1 / tokens if average == "token" else 1 / (length * len(lengths))
-        weights[i] = torch.full((length,), weight)
-    return weights
-
-
-def per_token(rollouts, scores):
-    """One number a rollout -> that number at each of its response tokens."""
-    pairs = zip(rollouts, scores, strict=True)
-    return [torch.full((len(r.response),), float(score)) for r, score in pairs]
-
-
-def microbatches(rollouts, tokens_per_microbatch, chosen=None):
-    """Indices of the chosen rollouts (None: all) in groups of like length, whose count times their
-    longest stays within the budget (padded tokens; a longer rollout goes alone). Longest first: if
-    memory runs out, it does so at once.
-
-    Of several processes each gets the groups of its share, and all get as many, the last ones maybe
-    empty: models in parts (`processes.shard`) are gathered from all in every pass."""
-    chosen = range(len(rollouts)) if chosen is None else chosen
-    shares = [of_like_length(rollouts, tokens_per_microbatch, part) for part in all_shares(chosen)]
-    groups = shares[processes.rank()]
-    return groups + [[]] * (max(map(len, shares)) - len(groups))
-
-
-def of_like_length(rollouts, tokens_per_microbatch, chosen):
-    def length(i):
-        return len(rollouts[i].prompt) + len(rollouts[i].response)
-
-    groups = []
-    for i in sorted(chosen, key=length, reverse=True):
-        if groups and (len(groups[-1]) + 1) * length(groups[-1][0]) <= tokens_per_microbatch:
-            groups[-1].append(i)
-        else:
-            groups.append([i])
-    return groups
-
-
-def pad(rollouts, model):
-    """tokens (batch, time), padded on the right, and mask (batch, time - 1): True where the NEXT
-    token belongs to the response. No rollouts: a row with no response."""
-    device = next(model.parameters()).device
-    rows = [(r.prompt, r.response) for r in rollouts] or [([0, 0], [])]
-    tokens = pad_sequence([torch.tensor(p + r) for p, r in rows], batch_first=True)
-    prompt, response = torch.tensor([[len(p), len(r)] for p, r in rows]).T[:, :, None]
-    target = torch.arange(1, tokens.shape[1])
-    mask = (target >= prompt) & (target < prompt + response)
-    return tokens.to(device), mask.to(device)
-
-
-def pick(entries, batch, like):
-    """The numbers at the response tokens of a micro-batch, (tokens,), on the device of `like`; of
-    no entries, `like` itself, as a constant."""
-    if entries is None or not batch:
-        return like.detach()
-    return torch.cat([entries[i] for i in batch]).to(like.device)
-
-
 @torch.no_grad()
-def rollout_scores(score, model, rollouts, settings, only=None, clear=None):
-    """score(model, some rollouts, settings) -> (tokens,), over all rollouts: a list of 1-D tensors,
-    no gradient. only: a bool a rollout; the others' entries are None. clear: as `until_it_fits`."""
-    check_rollouts(rollouts)
+def rollout_outputs(output_of, model, rollouts, config, chosen=None):
+    """Log-probs or values of rollouts, with no gradient: a list, (response length,) for each.
+    output_of(model, some rollouts, config) -> (tokens,). chosen: indices; the others get zeros."""
     no_dropout(model)
-    scores = [None] * len(rollouts)
-    chosen = [i for i in range(len(rollouts)) if only is None or only[i]]
-    for attempt in until_it_fits(settings, clear):
-        with attempt:
-            for batch in microbatches(rollouts, settings.tokens_per_microbatch, chosen):
-                flat = score(model, [rollouts[i] for i in batch], settings).float().cpu()
-                pieces = flat.split([len(rollouts[i].response) for i in batch])
-                for i, piece in zip(batch, pieces):
-                    scores[i] = piece.numpy()  # other processes get it 50 times as fast
-    for i, piece in zip(chosen, gather([scores[i] for i in share(chosen)])):
-        scores[i] = torch.from_numpy(piece)
-    return scores
+    lengths = [len(r.response) for r in rollouts]
+    outputs = per_token(rollouts, [0] * len(rollouts))
+
+    def fill(some):
+        joined = output_of(model, [rollouts[i] for i in some], config)  # (tokens,)
+        pieces = joined.float().cpu().split([lengths[i] for i in some])
+        for i, piece in zip(some, pieces):
+            outputs[i] = piece
+
+    in_microbatches(fill, rollouts, config, chosen)
+    # Each process filled its share and left zeros elsewhere: the sum has all.
+    joined = all_sum(torch.cat([torch.zeros(0), *outputs]))  # zeros(0): cat of nothing fails
+    return list(joined.split(lengths))
 
 
-def response_gae(values, rewards, settings):
-    """`gae` of responses: values, a list of 1-D tensors, and one reward each, for the last token.
-    Returns advantages and returns, like values."""
-    if not values:
-        return [], []
-    lengths = torch.tensor([len(v) for v in values])
-    padded = pad_sequence(values, batch_first=True)  # (rollouts, longest response)
-    mask = torch.arange(padded.shape[1]) < lengths[:, None]
-    token_rewards = torch.zeros_like(padded)
-    rewards = torch.as_tensor(rewards, dtype=torch.float32)
-    token_rewards[torch.arange(len(lengths)), lengths - 1] = rewards
-    advantages, returns = gae(token_rewards, padded, mask, gamma=settings.gamma, lam=settings.lam)
-    advantages = [a[:length] for a, length in zip(advantages, lengths)]
-    returns = [r[:length] for r, length in zip(returns, lengths)]
-    return advantages, returns
+rollout_logprobs = partial(rollout_outputs, response_logprobs)  # (policy, rollouts, config)
+rollout_values = partial(rollout_outputs, response_values)  # (critic, rollouts, config)
 
 
-def learning_values(critic, rollouts, rewards, settings):
-    """`rollout_values`, and in the same pass the gradient of the critic's loss over all of them: a
-    response's returns depend on no values but its own."""
-    tokens = sum(len(r.response) for r in rollouts)
-    reward_of = {id(r): reward for r, reward in zip(rollouts, rewards)}
-
-    @torch.enable_grad()
-    def learn(critic, some, settings):
-        new = response_values(critic, some, settings)
-        old = new.detach()
-        pieces = old.float().cpu().split([len(r.response) for r in some])
-        _, returns = response_gae(pieces, [reward_of[id(r)] for r in some], settings)
-        target = pick(returns, range(len(some)), new)
-        loss = value_loss(new, old, target, settings.value_clip).sum()
-        (loss / tokens).backward()
-        return old
-
-    return rollout_scores(learn, critic, rollouts, settings, clear=critic.zero_grad)
+# --- The losses of a micro-batch ------------------------------------------------------------------
 
 
-def sampled_logprobs(policy, rollouts, settings, only=None):
-    """Of the policy that sampled. In float32 those of generation are the same; under autocast it
-    decoded with rounded weights, and the first ratio would not be 1."""
-    sampled = [torch.tensor(getattr(r, "logprobs", [])) for r in rollouts]
-    whole = all(len(x) == len(r.response) for x, r in zip(sampled, rollouts))
-    if settings.autocast is None and whole:
-        return sampled
-    return rollout_logprobs(policy, rollouts, settings, only)
+@dataclass
+class MicroBatch:
+    """Rollouts for one forward and backward, and the numbers of their response tokens. An optimizer
+    step learns from a minibatch. What fits into memory at once is a micro-batch. The loss of a
+    minibatch is the sum of its micro-batches' losses."""
+
+    rollouts: list
+    minibatch_responses: int  # in the whole minibatch
+    minibatch_tokens: int  # in all its responses
+    lengths: torch.Tensor | None = None  # (tokens,) length of the response that holds the token
+    advantages: torch.Tensor | None = None  # (tokens,) A_t
+    old_logprobs: torch.Tensor | None = None  # (tokens,) of the policy that sampled
+    ref_logprobs: torch.Tensor | None = None  # (tokens,) of the frozen reference
+    values: torch.Tensor | None = None  # (tokens,) V(s_t) before the critic moved
+    returns: torch.Tensor | None = None  # (tokens,) the critic's targets
 
 
-rollout_logprobs = partial(rollout_scores, response_logprobs)  # (policy, rollouts, settings)
-rollout_values = partial(rollout_scores, response_values)  # (critic, rollouts, settings)
+def policy_loss(policy, batch, config):
+    """PPO's clipped surrogate (arXiv 1707.06347, eq. 7, negated) plus kl_coef times the KL to the
+    reference. Returns the loss, and metrics: {name: sum over tokens}."""
+    new = response_logprobs(policy, batch.rollouts, config)  # (tokens,), like all that follows
+    # If none are given, this very policy sampled. Then r_t is 1, but its gradient is not 0.
+    old = new.detach() if batch.old_logprobs is None else batch.old_logprobs
+    ratio = (new - old).exp()  # r_t
+    clipped = ratio.clamp(1 - config.clip, 1 + config.clip)
+    # The minimum is pessimistic. Once r_t has left the interval the way its advantage pays, the
+    # clipped term is the smaller one, and that has no gradient.
+    gain = ratio * batch.advantages
+    surrogate = -torch.min(gain, clipped * batch.advantages)
+    if config.loss_average == "token":
+        share = 1 / batch.minibatch_tokens  # all tokens count alike, as in the papers' PPO
+    else:
+        # All responses count alike, so a token of a long one counts less (GRPO as published,
+        # arXiv 2402.03300, eq. 3).
+        share = 1 / (batch.lengths * batch.minibatch_responses)
+    loss = (surrogate * share).sum()
+    sums = {
+        "policy_loss": surrogate.sum(),
+        "approx_kl": kl_k3(new, old).sum(),  # KL(pi_old || pi): old sampled the tokens
+        "clip_fraction": (surrogate > -gain).sum(),  # these tokens have no gradient
+        "ratio_mean": ratio.sum(),
+    }
+    if batch.ref_logprobs is not None:
+        sums["kl"] = kl_k3(batch.ref_logprobs, new).sum()
+        # As in VinePPO's code, the KL is summed over a response and averaged over responses.
+        loss = loss + config.kl_coef * sums["kl"] / batch.minibatch_responses
+    return loss, sums
 
 
-# --------------------------------------------------------------------------- metrics and checks
+def value_loss(critic, batch, config):
+    """0.5 max((V - R)^2, (V_old + clip(V - V_old) - R)^2), averaged over tokens, as in PPO's public
+    codes. A V that has come nearer to R by more than the clip has no gradient. One that has gone
+    away from R still has it. Returns the loss, and metrics: {name: sum over tokens}."""
+    new = response_values(critic, batch.rollouts, config)  # (tokens,) V(s_t)
+    limit = config.value_clip
+    clipped = batch.values + (new - batch.values).clamp(-limit, limit)
+    error = (new - batch.returns) ** 2  # (tokens,)
+    error = torch.max(error, (clipped - batch.returns) ** 2)  # pessimistic, like the policy's
+    total = (0.5 * error).sum()
+    return total / batch.minibatch_tokens, {"value_loss": total}
 
-TOKEN_SUMS = ("policy_loss", "kl", "approx_kl", "clip_fraction", "ratio_mean", "tokens")
+
+def kl_k3(ref, new):
+    """KL(pi || pi_ref) from log-probs of tokens sampled from pi: exp(d) - d - 1 with d = ref - new
+    (k3; arXiv 2402.03300, eq. 4). Unbiased but for the clamps, never negative. (tokens,) each.
+    Its gradient as a loss is, on average, that of KL(pi_ref || pi): the samples are held fixed."""
+    # Past 20 k3 is above 10 anyway, and exp's infinity would turn the clamp's gradient into NaN.
+    d = (ref - new).clamp(-20, 20)
+    return (torch.expm1(d) - d).clamp(0, 10)  # no single token may own the batch
 
 
-@torch.no_grad()
-def token_sums(*columns):
-    """The sums of (tokens,) tensors over the tokens, and the number of tokens."""
-    columns = [column.float() for column in columns]
-    return torch.stack([*columns, torch.ones_like(columns[0])]).sum(1)
+# --- The update: epochs, minibatches, micro-batches, optimizer steps ------------------------------
 
 
-def update_metrics(log, ref_logprobs, values, returns):
-    """What `update` returns; what does not apply is left out. Means over the tokens of the policy's
-    pass: policy_loss, kl (k3 to the reference), approx_kl (k3 of old to new), clip_fraction,
-    ratio_mean; over all response tokens: value_loss, explained_variance; over steps, before
-    clipping: grad_norm, critic_grad_norm. Counts: optimizer_steps, skipped_minibatches,
-    nonfinite_steps, tokens_trained."""
-    made = [step for step in log["policy"] if math.isfinite(step["grad_norm"])]
-    critic_made = [step for step in log["critic"] if math.isfinite(step["grad_norm"])]
-    totals = {name: sum(step[name] for step in made) for name in TOKEN_SUMS}
-    metrics = {"optimizer_steps": len(made), "skipped_minibatches": len(log["skipped"])}
-    tried = len(log["policy"]) + len(log["critic"])
-    metrics["nonfinite_steps"] = tried - len(made) - len(critic_made)
-    metrics["tokens_trained"] = int(totals["tokens"])
-    if made:
-        metrics |= {name: totals[name] / totals["tokens"] for name in TOKEN_SUMS[:5]}
-        metrics["grad_norm"] = statistics.mean(step["grad_norm"] for step in made)
-    if ref_logprobs is None:
-        metrics.pop("kl", None)
-    if critic_made:
-        tokens = sum(step["tokens"] for step in critic_made)
-        metrics["value_loss"] = sum(step["error"] for step in critic_made) / tokens
-        metrics["critic_grad_norm"] = statistics.mean(step["grad_norm"] for step in critic_made)
-        target, value = torch.cat(list(returns)), torch.cat(list(values))
-        if target.var(correction=0) > 1e-8:  # else there is nothing to explain
-            unexplained = (target - value).var(correction=0) / target.var(correction=0)
+def update(
+    policy,
+    optimizer,  # one for the parameters of policy and critic
+    rollouts,
+    advantages,  # like all lists here: (response length,) for each rollout
+    config,
+    *,
+    old_logprobs=None,  # of the policy that sampled; None: computed here
+    ref_logprobs=None,  # of the frozen reference, for kl_coef > 0
+    critic=None,
+    values=None,  # V(s_t), before the critic moves
+    returns=None,  # the critic's targets
+    rng=None,  # draws the minibatches
+    when_full=None,  # called when memory runs out, before micro-batches of half as many tokens
+):
+    """PPO's epochs of minibatches over an iteration's rollouts (arXiv 1707.06347, algorithm 1).
+    With no critic it is the update of GRPO, RLOO and VinePPO. Micro-batches do not change a
+    gradient, nor do several processes (torchrun): each has all rollouts and does its share of every
+    minibatch. Leaves the models in eval mode. Returns the metrics that apply:
+
+        policy_loss, kl (k3 to the reference), approx_kl (k3 of old to new), clip_fraction,
+            ratio_mean: means over the tokens of the policy's passes
+        value_loss, explained_variance: over all response tokens
+        grad_norm, critic_grad_norm: means over steps, before clipping
+        optimizer_steps, skipped_minibatches, nonfinite_steps, tokens_trained: counts"""
+    require(critic is None or (values and returns), "a critic needs values and returns")
+    require(config.kl_coef == 0 or ref_logprobs, f"kl_coef {config.kl_coef} needs ref_logprobs")
+    rng = rng or np.random.default_rng(0)
+    lengths = np.array([len(r.response) for r in rollouts])  # (rollouts,)
+    minibatches = math.ceil(len(rollouts) / config.minibatch)  # in an epoch, of like size
+    # Without a KL, a rollout whose advantages are all 0 has no gradient. It stays out of the
+    # policy's passes, but counts in the mean.
+    has_gradient = [config.kl_coef > 0 or bool(a.any()) for a in advantages]
+    has_gradient = np.array(has_gradient)  # (rollouts,)
+    no_dropout(policy)  # else the first ratio would not be 1
+    # From the second optimizer step on, the policy is no longer the one that sampled.
+    if old_logprobs is None and config.epochs * minibatches > 1:
+        active = np.flatnonzero(has_gradient)  # indices
+        old_logprobs = rollout_logprobs(policy, rollouts, config, active)
+    # What a micro-batch needs of each token, by the names of MicroBatch's fields.
+    lists = {"advantages": advantages, "values": values, "returns": returns}
+    lists |= {"old_logprobs": old_logprobs, "ref_logprobs": ref_logprobs}
+    lists |= {"lengths": per_token(rollouts, lengths)}
+    padded = padded_lists(rollouts, policy, lists)  # {name: (rollouts, longest)}
+    in_response = padded["lengths"] > 0  # (rollouts, longest), False in the padding
+    counts = {"skipped_minibatches": 0, "nonfinite_steps": 0}
+
+    def learn(model, loss_of, minibatch, chosen, steps):
+        """An optimizer step of one model. Its metrics are appended to `steps` if it is made.
+        loss_of: policy_loss or value_loss. minibatch: indices. chosen: those with a gradient."""
+        minibatch_tokens = int(lengths[minibatch].sum())
+
+        def backward(some):
+            mask = in_response[some]  # (batch, longest)
+            joined = {name: entries[some][mask] for name, entries in padded.items()}  # (tokens,)
+            in_batch = [rollouts[i] for i in some]
+            batch = MicroBatch(in_batch, len(minibatch), minibatch_tokens, **joined)
+            loss, sums = loss_of(model, batch, config)
+            loss.backward()  # adds to the gradient so far
+            return {name: total.detach() for name, total in sums.items()}
+
+        # If memory runs out, the gradient so far goes, and all is done again in smaller parts.
+        clear = [optimizer.zero_grad] + ([when_full] if when_full else [])
+        parts = in_microbatches(backward, rollouts, config, chosen, *clear)
+        step = {"tokens": int(lengths[chosen].sum())}  # and, of each metric, the sum over them
+        for name in parts[0]:
+            total = sum(part[name] for part in parts)
+            step[name] = float(all_sum(total))
+        # Rollouts of a policy too far from this one teach nothing. (A critic has no ratio.)
+        ratio_mean = step.get("ratio_mean", 0) / step["tokens"]
+        if ratio_mean > config.max_ratio:
+            counts["skipped_minibatches"] += 1
+            optimizer.zero_grad()
+            return
+        step["grad_norm"] = optimizer_step(model, optimizer, config.max_grad_norm)
+        if math.isfinite(step["grad_norm"]):
+            steps.append(step)
+        else:
+            counts["nonfinite_steps"] += 1
+
+    optimizer.zero_grad()
+    policy_steps, critic_steps = [], []
+    for _ in range(config.epochs):
+        order = rng.permutation(len(rollouts))
+        for minibatch in np.array_split(order, minibatches):
+            # The critic first. It learns from every rollout.
+            if critic is not None:
+                learn(critic, value_loss, minibatch, minibatch, critic_steps)
+            # The policy learns from those in which something was better or worse than expected.
+            chosen = minibatch[has_gradient[minibatch]]
+            if len(chosen) > 0:
+                learn(policy, policy_loss, minibatch, chosen, policy_steps)
+
+    metrics = {"optimizer_steps": len(policy_steps), "tokens_trained": 0, **counts}
+    if policy_steps:
+        metrics |= step_means(policy_steps)
+        metrics["tokens_trained"] = sum(step["tokens"] for step in policy_steps)
+    if critic_steps:
+        means = step_means(critic_steps)
+        metrics["value_loss"] = means["value_loss"]
+        metrics["critic_grad_norm"] = means["grad_norm"]
+        targets = torch.cat(returns)  # (tokens,) of all rollouts
+        errors = targets - torch.cat(values)  # (tokens,) before the critic moved
+        variance = targets.var(correction=0)
+        if variance > 1e-8:  # else there is nothing to explain
+            unexplained = errors.var(correction=0) / variance
             metrics["explained_variance"] = 1 - float(unexplained)
     return metrics
 
 
-def check_groups(rewards, how):
-    require(how in ("grpo", "rloo"), f"group baseline {how!r}: choose 'grpo' or 'rloo'")
-    shape = np.shape(rewards)
-    message = f"rewards {shape}: a group baseline needs (questions, n), n at least 2 rollouts"
-    require(len(shape) == 2 and shape[1] > 1, message)
+def optimizer_step(model, optimizer, max_grad_norm):
+    """An optimizer step along the model's gradient, summed over all processes. Returns the norm of
+    that before clipping. If it is NaN or infinite no step is made: the caller counts it, and
+    `model.bad_steps` counts how many came in a row."""
+    sum_gradients(model)
+    # Clipping also measures the norm. Under FSDP the norm is in parts, too.
+    norm = clip_grad_norm_(model.parameters(), max_grad_norm)
+    norm = float(whole(norm))
+    if math.isfinite(norm):
+        model.bad_steps = 0
+        optimizer.step()  # the other model has no gradients now, so it stays as it is
+    else:
+        model.bad_steps = getattr(model, "bad_steps", 0) + 1
+    optimizer.zero_grad()  # frees memory for the other model and for generation
+    return norm
 
 
-def check_rollouts(rollouts, **lists):
-    """Every rollout can be scored, and every list holds one finite number a response token."""
-    for i, r in enumerate(rollouts):
-        sizes = f"{len(r.prompt)} prompt and {len(r.response)} response tokens"
-        require(r.prompt and r.response, f"rollout {i}: {sizes}: give it both")
-    lengths = [len(r.response) for r in rollouts]
-    for name, entries in lists.items():
-        need = f"{len(rollouts)} tensors, as many numbers in each as response tokens"
-        message = f"{name}: needs {need}"
-        require(entries is None or [len(entry) for entry in entries] == lengths, message)
-        for i, entry in enumerate(entries or []):
-            message = f"{name}: a NaN or an infinity in rollout {i}: look where it was computed"
-            require(entry.isfinite().all(), message)
-
-
-def check_update(s, rollouts, lists, critic, learned):
-    check_rollouts(rollouts, **lists)
-    sizes = f"{len(rollouts)} rollouts, epochs {s.epochs}, minibatch {s.minibatch}"
-    require(rollouts and min(s.epochs, s.minibatch) > 0, f"{sizes}: each needs at least 1")
-    message = f"kl_coef {s.kl_coef}: a KL loss needs ref_logprobs, or set it to 0"
-    require(s.kl_coef == 0 or lists["ref_logprobs"] is not None, message)
-    message = "a critic needs values and returns: see ppo.critic_advantages"
-    complete = lists["values"] is not None and lists["returns"] is not None
-    require(critic is None or complete, message)
-    single = s.epochs == 1 and len(rollouts) <= s.minibatch
-    message = f"{sizes}: only an update of one step can find that its critic has learned already"
-    require(single or not learned, message)
-    message = f"autocast {s.autocast}: None or torch.bfloat16 (float16 would need scaled losses)"
-    require(s.autocast in (None, torch.bfloat16), message)
+def step_means(steps):
+    """Sums over tokens, a dict for each step -> means over all tokens; of the gradient's norm, the
+    mean over steps."""
+    tokens = sum(step["tokens"] for step in steps)
+    means = {}
+    for name in steps[0]:
+        means[name] = sum(step[name] for step in steps) / tokens
+    means["grad_norm"] = statistics.mean(step["grad_norm"] for step in steps)
+    del means["tokens"]
+    return means

@@ -5,14 +5,15 @@
     python sfl.py --algo grpo --curriculum uniform --out runs/uniform   # a baseline
 
 A policy samples n responses to a question and each is graded 0 or 1. If all are right or all are
-wrong there is nothing to compare, and every policy-gradient method learns next to nothing from
-them. What teaches is the variance of success,
+wrong there is nothing to compare, and every policy-gradient method learns next to nothing from that
+question. What teaches is the variance of success,
 
     learnability = p (1 - p)                     p: the policy's success rate on the question
 
 zero where the model always fails, zero where it always succeeds, largest where it succeeds half of
-the time. SFL (arXiv 2502.12272, after 2408.15099) samples questions by it; LILO shows that the
-expected improvement from a question grows linearly with it. Three questions, eight responses each:
+the time. SFL (arXiv 2502.12272, after 2408.15099) samples questions by it. LILO, the same paper's
+later version, shows that the expected improvement from a question grows linearly with it. Three
+questions, eight responses each:
 
     12+7            1 1 1 1 1 1 1 1    learnability 0       known
     12+7-5+9        0 1 0 0 1 0 0 0    0.21                 almost: train on this one
@@ -20,230 +21,187 @@ expected improvement from a question grows linearly with it. Three questions, ei
 
 One iteration of training, `train` from top to bottom:
 
-    questions --choose--> prompts --rollout.generate--> rollouts --eval.rewards--> rewards
+    questions --choose--> prompts --engine.generate--> rollouts --eval.rewards--> rewards
         ^                                                                            |
         +--- learnability <--- successes      policy <--ppo.update-- advantages <----+
             ppo: critic; vineppo: Monte Carlo; grpo, rloo: group; expert, rcrl: imitation, sft.py
 
-The curricula: `uniform` takes all questions alike; `sfl` scores candidates now and then and buffers
-the most learnable; `lilo` and `dapo` draw more than they need and train on those that turn out
-learnable; `posterior` estimates learnability from the training rollouts so far.
+This file in order: settings; the curricula, five ways to choose; the loop; the set-up that makes
+policy, critic and optimizer; the command line. `minimal.py` is all of it, naive.
 """
 
+import copy
 import json
+import math
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Literal
 
 import numpy as np
+import torch
 
 import data
-import job
+import eval as evaluation
 import ppo
 import sft
 import vineppo
-from plumbing import checkpoint, commands, processes, report
-from plumbing.commands import progress_bar
+from plumbing import checkpoint, checks, commands, memory, processes, report
+from plumbing.answers import Judges
+from plumbing.attention import copy_of, longest_context
 from plumbing.processes import rank
-from rollout import Rollout, generate
+from rollout import Engine, Rollout, seed_of
+
+# --------------------------------------------------------------------------- settings
+
+
+@dataclass
+class Settings:
+    """Reinforcement learning on the questions that a model can almost answer. The defaults below
+    are the papers' on GSM8K. Without --dataset, and with presets, expert and rcrl, others hold: see
+    EMBEDDED, PRESETS and the like in sfl.py."""
+
+    # The defaults are the papers' on GSM8K (arXiv 2502.12272, 2410.01679), the names in brackets
+    # their symbols. For data made here, and with a preset, flags below the class replace some.
+    algo: Literal["ppo", "vineppo", "grpo", "rloo", "expert", "rcrl"] = "ppo"  # how it learns
+    curriculum: Literal["uniform", "sfl", "lilo", "dapo", "posterior"] = "sfl"  # chooses questions
+    iterations: int = 650  # iterations of training
+    seed: int = 0  # of everything random in the training
+
+    # choosing questions
+    questions: int = 64  # questions an iteration (N_l)
+    rollouts: int = 8  # responses to each question
+    rho: float = 0.5  # share of questions chosen by learnability; the rest is uniform
+    refresh_every: int = 50  # sfl: iterations between two scorings (T)
+    candidates: int = 1280  # sfl: questions scored each time (N)
+    buffer_size: int = 256  # sfl: how many of them are kept (K)
+    score_rollouts: int = 8  # sfl: responses to each candidate (L)
+    max_candidates: int = 256  # lilo, dapo: questions drawn in an iteration, at most
+    memory: float = 0.98  # posterior: share of the evidence that an iteration keeps
+
+    # sampling
+    temperature: float = 0.6  # of the sampling, and of the log-probs in the loss
+    top_p: float = 0.9  # nucleus of the sampling
+    max_new_tokens: int = 1024  # longest response; a longer one is cut off and worth 0
+    context: int = 2048  # longest prompt and response together, in tokens
+
+    # the update
+    lr: float = 1e-6  # learning rate of the policy (AdamW, no weight decay)
+    critic_lr: float = 1e-6  # learning rate of the critic
+    warmup: float = 0.03  # share of the iterations in which the learning rate rises
+    lr_schedule: Literal["constant", "linear"] = "linear"  # after that; linear: to 0 at the end
+    epochs: int = 2  # passes over an iteration's rollouts
+    minibatch: int = 64  # rollouts an optimizer step
+    loss_average: Literal["token", "response"] = "token"  # mean over tokens, or over responses
+    clip: float = 0.2  # how far the ratio may move and still gain (PPO's epsilon)
+    value_clip: float = 0.2  # the same for the critic's values
+    kl_coef: float = 1e-4  # weight of a response's KL to the starting model
+    kl_sample: int = 16  # with kl_coef 0: rollouts whose KL is measured; 0: none
+    gamma: float = 1.0  # discount
+    lam: float = 1.0  # GAE's lambda: at 1 the reward alone speaks, at 0 the next value
+    max_ratio: float = 10.0  # a minibatch whose mean ratio is larger is skipped
+    max_grad_norm: float = 1.0  # a longer gradient is scaled down to this norm
+
+    # vineppo; expert iteration and return-conditioned RL
+    mc_rollouts: int = 9  # vineppo: fresh responses from each state (K)
+    mc_max_steps: int = 0  # vineppo: reasoning steps judged in a response; 0: 25, in math 20
+    mc_spend: Literal["all", "bisect"] = "all"  # vineppo: all states, or only where values change
+    steps: Literal["auto", "lines", "math"] = "auto"  # vineppo: reasoning step: line or sentence
+    expert_from: Literal["initial", "last"] = "initial"  # expert, rcrl: where a round starts
+    solutions: bool = False  # expert, rcrl: imitate the data set's own solutions, too
+    patience: int = 0  # end after so many evaluations with no better one; 0: never
+
+    # memory and speed
+    tokens_per_microbatch: int = 16384  # padded tokens at a time; lower it if memory runs out
+    gradient_checkpointing: bool = False  # recompute activations in the backward pass: less memory
+    fsdp: bool = False  # under torchrun: each process keeps a part of the weights
+    offload_optimizer: bool = False  # Adam's moments wait in host memory: less on the GPU, slower
+    slots: int = 0  # sequences decoded at once; 0: by free memory
+    device: str = "auto"  # auto, cpu, cuda or mps
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # matrix products; auto: bf16 on CUDA
+
+    # how often
+    eval_every: int = 25  # iterations between two evaluations (held-out, greedy)
+    eval_limit: int = 0  # held-out questions, a random subset; 0: all
+    save_every: int = 25  # iterations between two checkpoints
+
+    # data and model
+    dataset: str = "arithmetic"  # names, joined by commas, or a file's or folder's path
+    data_dir: str | None = None  # a folder with the named data set's files, instead of the hub
+    question_field: str | None = None  # the rows' name for the question; usual ones are found
+    answer_field: str | None = None  # and for the answer
+    solution_field: str | None = None  # and for the solution
+    bits: int = 24  # parity: bits of a question
+    p_cot: float = 0.25  # parity: share of the demonstrations that are long
+    model: str = "realtreetune/rho-1b-sft-GSM8K"  # tiny, a hub id or a model's folder
+    chat: Literal["auto", "on", "off"] = "auto"  # prompt through the chat template; auto: if any
+    stop: str | None = None  # a text that ends a response and is not graded; \n: a newline
+    last_number: bool = False  # a response with no marked answer is graded by its last number
+    skip_long: bool = False  # leave out questions that do not fit the context
+    judges: int = 0  # processes that compare LaTeX answers; 0: one a core
+
+    # the run
+    preset: str | None = None  # a paper's run by name; other flags change it
+    out: str | None = None  # folder of the run; by default a new one under runs/
+    resume: str | None = None  # a run's folder: go on exactly where its checkpoint is
+    dry_run: bool = False  # say what memory the run would take, and stop
+    tensorboard: bool = False  # log to TensorBoard, too (in the run's folder)
+    wandb: bool = False  # log to Weights & Biases, too
+    cache: str = "runs/cache"  # where the tiny starting model is kept
+
+
+# The tiny model and the data that is made here: small batches, large steps.
+EMBEDDED = """--model tiny --curriculum posterior --iterations 76 --questions 16 --rho 1
+--refresh_every 15 --candidates 512 --buffer_size 40 --max_candidates 128 --memory 0.95
+--temperature 1 --top_p 1 --max_new_tokens 96 --context 256 --lr 2e-4 --critic_lr 1e-3 --epochs 1
+--lr_schedule constant --minibatch 128 --kl_coef 0 --eval_every 10 --save_every 10
+--tokens_per_microbatch 2048 """
+# Imitation makes few rounds of many samples. SHORT: with the data made here; LONG: with other data.
+ROUNDS = "--questions 256 --minibatch 64 --eval_every 1 --save_every 1 "
+SHORT_ROUNDS = {
+    "expert": ROUNDS + "--iterations 12 --epochs 3 --lr 1e-3",
+    "rcrl": ROUNDS + "--iterations 8 --epochs 2 --lr 2e-3 --expert_from last",
+}
+LONG_ROUNDS = "--questions 1024 --iterations 8 --lr 1e-5 --eval_every 1 --save_every 1"
+# The papers' runs: by PPO, or by VinePPO with --algo vineppo; the last one by GRPO.
+GSM8K = r"--dataset gsm8k --stop \n\n\nProblem: --curriculum "
+MATH = r"--dataset math --stop \n\n\nProblem: --model realtreetune/rho-1b-sft-MATH "
+MATH += "--iterations 1000 --curriculum "
+FAST = "sfl --refresh_every 10 --candidates 256 --buffer_size 64"
+PRESETS = {
+    "uniform-gsm8k": GSM8K + "uniform",
+    "sfl-gsm8k": GSM8K + "sfl",
+    "sfl-fast-gsm8k": GSM8K + FAST,
+    "lilo-gsm8k": GSM8K + "lilo",
+    "uniform-math": MATH + "uniform",
+    "sfl-math": MATH + "sfl",
+    "sfl-fast-math": MATH + FAST,
+    "lilo-math": MATH + "lilo",
+    "grpo-orz": "--algo grpo --dataset orz --curriculum lilo",
+}
+# What --resume may change: nothing that the learning depends on.
+CHANGEABLE = """iterations eval_every save_every device slots tokens_per_microbatch fsdp
+gradient_checkpointing offload_optimizer data_dir cache judges""".split()
+
+
+# --------------------------------------------------------------------------- learnability
 
 
 def learnability(successes, attempts):
     """Unbiased estimate of p (1 - p) from `successes` of `attempts`: s (a - s) / (a (a - 1)).
     Numbers or arrays. ValueError: fewer than 2 attempts, from which no variance can be estimated.
 
-    The plug-in (s/a)(1 - s/a) is too low by the factor (a - 1)/a: the same draws serve as the mean
-    and are measured against it. Where questions have had different numbers of attempts, it prefers
-    whatever was tried often."""
-    successes, attempts = np.asarray(successes, dtype=float), np.asarray(attempts, dtype=float)
+    The plug-in (s/a)(1 - s/a) is too low by the factor (a - 1)/a on average: the draws are measured
+    against their own mean. It would prefer questions that were tried more often than others."""
+    successes = np.asarray(successes, dtype=float)
+    attempts = np.asarray(attempts, dtype=float)
     if np.any(attempts < 2) or np.any(successes < 0) or np.any(successes > attempts):
         need = "need at least 2 attempts, and successes between 0 and the attempts"
         raise ValueError(f"learnability of {successes} successes in {attempts} attempts: {need}")
-    return (successes * (attempts - successes) / (attempts * (attempts - 1)))[()]
-
-
-# --------------------------------------------------------------------------- the curricula
-# Each takes the settings, the run's state (plain numbers and lists, saved with the checkpoint; in
-# "groups" a label of each question's difficulty), the iteration from 0, the number of questions, a
-# numpy Generator, and `sample`: sample(questions, n) -> Batch: .questions, .groups (n responses to
-# each), .rewards (questions, n). Each returns the Batch to train on, and what to log.
-
-
-def uniform(args, state, iteration, size, rng, sample):
-    chosen = rng.choice(size, args.questions, replace=False)
-    return sample(chosen, args.rollouts), {}
-
-
-def sfl(args, state, iteration, size, rng, sample):
-    """Sampling for learnability with a buffer (arXiv 2502.12272; the symbols are the paper's). Its
-    code permits a question in both halves of a batch; here none comes twice."""
-    logged = {}
-    if iteration % args.refresh_every == 0:  # every T iterations
-        candidates = rng.choice(size, args.candidates, replace=False)  # N
-        scored = sample(candidates, args.score_rollouts)  # L each
-        best = most(scored.learnability(), args.buffer_size, rng)  # the K most learnable
-        state["buffer"] = candidates[best].tolist()
-        logged = candidate_metrics(scored)
-    from_buffer = round(args.rho * args.questions)  # rho N_l
-    chosen = rng.choice(state["buffer"], from_buffer, replace=False)
-    return sample(with_uniform(chosen, args.questions, size, rng), args.rollouts), logged
-
-
-def lilo(args, state, iteration, size, rng, sample):
-    """Rejection (LILO): draw more questions than needed, 4 N_l in the paper, and train on the N_l
-    most learnable with the very responses that showed it: 4 right of 8 are preferred to 1 of 8.
-    With --stop_early no more are drawn once N_l are learnable at all."""
-    order = rng.permutation(size)[: args.max_candidates]
-    drawn = draw_until(order, args, sample, enough=args.questions if args.stop_early else None)
-    best = most(drawn.learnability(), args.questions, rng)
-    return drawn.take(best), candidate_metrics(drawn)
-
-
-def dapo(args, state, iteration, size, rng, sample):
-    """Dynamic sampling (DAPO, arXiv 2503.14476): draw until the batch is full of questions that are
-    neither solved by all attempts nor by none, in the order in which they come."""
-    order = rng.permutation(size)[: args.max_candidates]
-    drawn = draw_until(order, args, sample, enough=args.questions)
-    unlearnable = drawn.learnability() == 0  # these come last
-    first = np.argsort(unlearnable, kind="stable")[: args.questions]
-    return drawn.take(first), candidate_metrics(drawn)
-
-
-def posterior(args, state, iteration, size, rng, sample):
-    """Learnability from training rollouts alone: nothing is sampled only to be scored.
-
-    Question i has s_i successes and f_i failures, both multiplied by `memory` each iteration
-    because the policy they speak of is moving. With the prior Beta(strength mean,
-    strength (1 - mean)) its success rate is Beta(alpha, beta), alpha = strength mean + s_i and
-    beta = strength (1 - mean) + f_i. A share rho of the questions is drawn in proportion to the
-    square of E[p (1 - p)] = alpha beta / ((alpha + beta) (alpha + beta + 1)). Not the largest ones:
-    they would come again and again, and nothing would be learned about the others.
-
-    The prior is that of the question's group (its level; unknown, the length of its prompt). If
-    its mean success is mean and its mean learnability, mean_i p_i (1 - p_i), is m, the variance of
-    p_i between questions is v = mean (1 - mean) - m, and the Beta of that mean and variance has
-    strength mean (1 - mean) / v - 1 = m / v. Chosen questions are no fair sample of their group,
-    hence the weight 1 / (1 + s_i + f_i) of an observation: a question seen often counts little."""
-    counts = np.array(state.setdefault("counts", [[0.0, 0.0]] * size))  # successes, failures
-    groups, group_of = np.unique(state["groups"], return_inverse=True)
-    # of each group: weighted sums of 1, success and learnability
-    seen = np.array(state.setdefault("seen", [[0.0] * 3] * len(groups)))
-    # all groups, and a guess (mean 1/2, m 1/8), count as half a question in each
-    whole = (seen.sum(0) + [1, 0.5, 0.125]) / (seen[:, 0].sum() + 1)
-    _, mean, learnable = ((seen + 0.5 * whole) / (seen[:, :1] + 0.5)).T  # (groups,) each
-    variance = np.maximum(mean * (1 - mean) - learnable, 1e-3)
-    strength = np.clip(learnable / variance, 0.05, 20)
-    alpha = np.maximum((strength * mean)[group_of] + counts[:, 0], 1e-3)  # (questions,)
-    beta = np.maximum((strength * (1 - mean))[group_of] + counts[:, 1], 1e-3)
-    expected = alpha * beta / ((alpha + beta) * (alpha + beta + 1))
-    odds = expected**2 / (expected**2).sum()
-    chosen = rng.choice(size, round(args.rho * args.questions), replace=False, p=odds)
-    chosen = with_uniform(chosen, args.questions, size, rng)
-    batch = sample(chosen, args.rollouts)
-
-    counts *= args.memory
-    seen *= args.memory
-    news = 1 / (1 + counts[chosen].sum(1, keepdims=True))
-    observed = np.stack([np.ones(len(chosen)), batch.rewards.mean(1), batch.learnability()], 1)
-    np.add.at(seen, group_of[chosen], news * observed)
-    successes = batch.rewards.sum(1)
-    counts[chosen] += np.stack([successes, args.rollouts - successes], 1)
-    state["counts"], state["seen"] = counts.round(6).tolist(), seen.round(6).tolist()
-    return batch, {"learnability_expected": float(expected[chosen].mean())}
-
-
-CURRICULA = {"uniform": uniform, "sfl": sfl, "lilo": lilo, "dapo": dapo, "posterior": posterior}
-
-
-# --------------------------------------------------------------------------- training
-
-
-def train(args, signals=None):
-    """The whole job; job.py says what it writes into args.out. Returns the held-out evaluations
-    before and after. signals: see `commands.signals_wait`. commands.Stop: the run has ended early,
-    and is saved."""
-    run = job.setup(args)
-    run.sample = Sampler(args, run)
-    run.signals = signals or SimpleNamespace(came=[])
-    before = job.start_or_resume(run, args)
-    result = run.evaluate() if run.start else before["greedy"]  # as it is now
-    log = job.Log(run.out, args)
-    bar = progress_bar(run.out.name, args.iterations, "iteration", rank() == 0, run.start)
-    run.signals.wait = True  # for the end of an iteration
-    for iteration in range(run.start, args.iterations):
-        if job.out_of_patience(args, run.state):
-            break
-        # 1. choose questions, sample responses, grade them
-        run.sample.begin(iteration)
-        choose = CURRICULA[args.curriculum]
-        batch, row = choose(args, run.state, iteration, run.size, run.rng, run.sample)
-        rollouts = [rollout for group in batch.groups for rollout in group]
-        seconds = sum(sampled.seconds for sampled in run.sample.batches)
-        row |= {"seconds_rollout": batch.seconds, "seconds_score": seconds - batch.seconds}
-
-        # 2. credit: one advantage a response token
-        clock = time.perf_counter()
-        advantages = values = returns = None
-        if args.algo == "ppo":
-            advantages, values, returns = ppo.critic_advantages(
-                run.critic, rollouts, batch.rewards.flatten(), run.settings, learn=run.one_pass
-            )
-        elif args.algo == "vineppo":
-            advantages, spent = monte_carlo_credit(args, run, batch)
-            row |= spent
-        elif args.algo in ("grpo", "rloo"):
-            of_response = ppo.group_advantages(batch.rewards, how=args.algo)
-            advantages = ppo.per_token(rollouts, of_response.flatten())
-        if args.algo in ("ppo", "vineppo"):  # group advantages keep their formula's scale
-            advantages = ppo.whiten(advantages)
-        row["seconds_credit"] = time.perf_counter() - clock
-
-        # 3. update
-        clock = time.perf_counter()
-        job.prepare_update(args, run.optimizer, iteration)
-        ref_logprobs = None
-        if args.kl_coef > 0 and args.algo not in sft.IMITATORS:
-            ref_logprobs = ppo.rollout_logprobs(run.reference, rollouts, run.settings)
-        elif args.kl_sample > 0:
-            row["kl"] = job.kl_to_start(args, run, rollouts)
-        if args.algo in sft.IMITATORS:
-            row |= imitate(args, run, batch)
-        else:
-            row |= ppo.update(
-                run.policy, run.optimizer, rollouts, advantages, run.settings, rng=run.rng,
-                ref_logprobs=ref_logprobs, critic=run.critic, values=values, returns=returns,
-                learned=run.one_pass,
-            )  # fmt: skip
-        row["seconds_update"] = time.perf_counter() - clock
-
-        # 4. measure, log, save
-        last = iteration + 1 == args.iterations
-        row = job.batch_metrics(run, iteration, batch, rollouts) | row
-        if last or (iteration + 1) % args.eval_every == 0:
-            result = run.evaluate()
-            row |= {f"eval_{key}": result[key] for key in job.EVALUATED}
-            run.state.setdefault("accuracies", []).append(result["accuracy"])
-            last = last or job.out_of_patience(args, run.state)
-        log(row)
-        stop = job.reason_to_stop(run)
-        if last or stop or (iteration + 1) % args.save_every == 0:
-            job.save(run, iteration + 1)
-        job.advance(bar, row, result)
-        if stop:
-            raise stop
-    run.signals.wait = False
-    bar.close()
-    after = {"greedy": result, "sampled": run.evaluate(samples=8)}
-    checkpoint.write(run.out / "evaluation.json", json.dumps({"before": before, "after": after}))
-    return before, after
-
-
-# ==================================================================================================
-# That is the method. Below: batches, sampling and credit; settings, the command line. What a run
-# is made of, its checkpoints and its log: job.py.
-# ==================================================================================================
+    return successes * (attempts - successes) / (attempts * (attempts - 1))
 
 
 @dataclass
@@ -252,50 +210,196 @@ class Batch:
 
     questions: np.ndarray  # (Q,) which of the training questions
     groups: list  # Q lists of n Rollouts
-    rewards: np.ndarray  # (Q, n)
-    seconds: float = 0.0  # what sampling took; of a `take`n part, the whole
+    rewards: np.ndarray  # (Q, n), 0 or 1
+    seconds: float = 0.0  # that sampling and grading took
 
     def learnability(self):
         return learnability(self.rewards.sum(1), self.rewards.shape[1])  # (Q,)
 
-    def take(self, rows):
-        groups = [self.groups[i] for i in rows]
-        return Batch(self.questions[rows], groups, self.rewards[rows], self.seconds)
+    def take(self, chosen):
+        """Some of the questions. `seconds` stays what the whole batch took."""
+        groups = [self.groups[i] for i in chosen]
+        return Batch(self.questions[chosen], groups, self.rewards[chosen], self.seconds)
 
-    def tokens(self):
-        return sum(len(rollout.response) for group in self.groups for rollout in group)
+
+@dataclass
+class Pool:
+    """The training questions, and all that it takes to sample responses to them and grade these."""
+
+    config: Settings
+    engine: Engine
+    tokenizer: object
+    questions: list  # of data.Question
+    prompts: list  # theirs, as token ids
+    generation: dict  # settings of each `engine.generate`: temperature, stop tokens ...
+    grading: dict  # settings of each `evaluation.rewards`
+    iteration: int = 0
+    sampled: list = field(default_factory=list)  # this iteration's batches
+
+    def seed(self):
+        # Depends on nothing but what it is for, so a resumed run draws the same numbers.
+        return seed_of(self.config.seed, self.iteration, len(self.sampled))
+
+    def sample(self, chosen, n):
+        """n responses to each of the questions `chosen`, (Q,) indices -> Batch."""
+        start = time.perf_counter()
+        prompts = [self.prompts[i] for i in chosen]
+        if self.config.algo == "rcrl" and self.iteration == 0:  # the tag is not learned yet
+            prompts = [data.with_tag(self.tokenizer, prompt, None) for prompt in prompts]
+        groups = self.engine.generate(prompts, n=n, seed=self.seed(), **self.generation)
+        questions = [self.questions[i] for i in chosen]
+        rewards = evaluation.rewards(self.tokenizer, questions, groups, **self.grading)
+        batch = Batch(np.asarray(chosen), groups, rewards, time.perf_counter() - start)
+        self.sampled.append(batch)  # its tokens are logged, and the next one has another seed
+        return batch
+
+    def levels(self):
+        """The level of each question; where the data has none, a class of prompts as long."""
+        names = []
+        for question, prompt in zip(self.questions, self.prompts):
+            length = round(4 * math.log2(len(prompt)))  # four classes a doubling
+            names.append(f"length {length}" if question.level is None else str(question.level))
+        return names
+
+
+# --------------------------------------------------------------------------- the curricula
+# Each takes the pool, the settings, its own state (plain numbers and lists, saved with the
+# checkpoint) and a numpy Generator. Each returns the Batch to train on, and what to log.
+
+
+def uniform(pool, config, state, rng):
+    """The baseline: every question is equally likely, and none comes twice in a batch."""
+    chosen = rng.choice(len(pool.questions), config.questions, replace=False)
+    return pool.sample(chosen, config.rollouts), {}
+
+
+def sfl(pool, config, state, rng):
+    """Sampling for learnability with a buffer (arXiv 2502.12272; the symbols are the paper's). The
+    paper's code may choose a question both by learnability and uniformly; here none comes twice."""
+    logged = {}
+    if pool.iteration % config.refresh_every == 0:  # every T iterations
+        candidates = rng.choice(len(pool.questions), config.candidates, replace=False)  # (N,)
+        scored = pool.sample(candidates, config.score_rollouts)  # L responses each
+        best = most(scored.learnability(), config.buffer_size, rng)  # the K most learnable
+        state["buffer"] = candidates[best].tolist()
+        logged = report.of_candidates(scored)
+    from_buffer = round(config.rho * config.questions)  # rho N_l
+    chosen = rng.choice(state["buffer"], from_buffer, replace=False)
+    # The other (1 - rho) N_l are uniform: a buffer is blind to what it did not score.
+    chosen = with_uniform(chosen, config.questions, len(pool.questions), rng)
+    return pool.sample(chosen, config.rollouts), logged
+
+
+def lilo(pool, config, state, rng):
+    """Rejection (LILO): draw more questions than needed, 4 N_l in the paper. Train on the N_l most
+    learnable, with the very responses that showed it. 4 right of 8 are preferred to 1 of 8."""
+    order = rng.permutation(len(pool.questions))[: config.max_candidates]  # (candidates,)
+    drawn = pool.sample(order, config.rollouts)
+    best = most(drawn.learnability(), config.questions, rng)
+    return drawn.take(best), report.of_candidates(drawn)
+
+
+def dapo(pool, config, state, rng):
+    """Dynamic sampling (DAPO, arXiv 2503.14476): draw questions until the batch is full of those
+    whose responses disagree. The first ones are taken: 4 right of 8 count no more than 1 of 8."""
+    order = rng.permutation(len(pool.questions))[: config.max_candidates]  # (candidates,)
+    batches = []
+    learnable = 0  # questions so far whose responses disagree
+    for start in range(0, len(order), config.questions):
+        batches.append(pool.sample(order[start : start + config.questions], config.rollouts))
+        learnable += (batches[-1].learnability() > 0).sum()
+        if learnable >= config.questions:
+            break
+    drawn = Batch(
+        np.concatenate([batch.questions for batch in batches]),
+        [group for batch in batches for group in batch.groups],
+        np.concatenate([batch.rewards for batch in batches]),
+        sum(batch.seconds for batch in batches),
+    )
+    # A stable sort: the learnable ones in their order, then (if they are too few) the others.
+    first = np.argsort(drawn.learnability() == 0, kind="stable")[: config.questions]
+    return drawn.take(first), report.of_candidates(drawn)
+
+
+# Before anything is seen: a made-up question's weight, success rate and learnability.
+GUESS = (1, 1 / 2, 1 / 8)
+ALL_LEVELS_WEIGHT = 0.5  # in each level's means, the mean over all levels counts as half a question
+LEAST_VARIANCE = 1e-3  # of the p_i of a level; at 0 its prior would be infinitely sure
+STRENGTHS = (0.05, 20)  # least and most that a prior counts, in attempts
+LEAST_COUNT = 1e-3  # of alpha and beta: no question's odds may fall to 0
+
+
+def posterior(pool, config, state, rng):
+    """Learnability from training rollouts alone: nothing is sampled only to be scored.
+
+    Question i has had s_i successes and f_i failures. Both are multiplied by `memory` in each
+    iteration, because the policy that had them has moved. The prior of its success rate p_i is its
+    level's, Beta(strength mean, strength (1 - mean)). The posterior is Beta(alpha, beta) with
+
+        alpha = strength mean + s_i,    beta = strength (1 - mean) + f_i.
+
+    A share rho of the batch is drawn with odds in proportion to the square of
+
+        E[p (1 - p)] = alpha beta / ((alpha + beta) (alpha + beta + 1)).
+
+    To take the largest ones would not do: they would come again and again, and nothing would be
+    learned about the others."""
+    # (questions, 2): successes and failures of each question
+    counts = np.array(state.setdefault("counts", [[0.0, 0.0]] * len(pool.questions)))
+    levels, level_of = np.unique(pool.levels(), return_inverse=True)
+    # (levels, 3): weighted sums over the questions seen of 1, success and learnability
+    seen = np.array(state.setdefault("seen", [[0.0] * 3] * len(levels)))
+
+    # 1. Fit each level's prior, and give it to the level's questions.
+    mean, strength = beta_prior(seen)  # (levels,) each
+    prior_alpha = (strength * mean)[level_of]  # (questions,)
+    prior_beta = (strength * (1 - mean))[level_of]
+
+    # 2. Draw questions by their expected learnability, then sample responses.
+    alpha = np.maximum(prior_alpha + counts[:, 0], LEAST_COUNT)  # (questions,)
+    beta = np.maximum(prior_beta + counts[:, 1], LEAST_COUNT)
+    expected = alpha * beta / ((alpha + beta) * (alpha + beta + 1))  # E[p (1 - p)]
+    odds = expected**2 / (expected**2).sum()
+    by_odds = round(config.rho * config.questions)
+    chosen = rng.choice(len(pool.questions), by_odds, replace=False, p=odds)
+    chosen = with_uniform(chosen, config.questions, len(pool.questions), rng)
+    batch = pool.sample(chosen, config.rollouts)
+
+    # 3. Forget a little, then count what was seen. The chosen questions are no fair sample of their
+    # level. One that came often came because it is learnable, so it counts little for its level.
+    counts *= config.memory
+    seen *= config.memory
+    weight = 1 / (1 + counts[chosen].sum(1, keepdims=True))  # (Q, 1)
+    observed = [np.ones(len(chosen)), batch.rewards.mean(1), batch.learnability()]
+    observed = np.stack(observed, 1)  # (Q, 3)
+    np.add.at(seen, level_of[chosen], weight * observed)  # += would count a level once only
+    successes = batch.rewards.sum(1)  # (Q,)
+    counts[chosen] += np.stack([successes, config.rollouts - successes], 1)
+    state["counts"] = counts.round(6).tolist()  # plain lists: they go into the checkpoint
+    state["seen"] = seen.round(6).tolist()
+    return batch, {"learnability_expected": float(expected[chosen].mean())}
+
+
+def beta_prior(seen):
+    """The Beta of each level, by moments: (levels, 3) sums -> mean, strength, (levels,) each.
+
+    Over the questions of a level, p_i has the mean `mean`, and p_i (1 - p_i) has the mean m. So the
+    variance of p_i is v = mean (1 - mean) - m. The Beta with that mean and variance has strength
+    mean (1 - mean) / v - 1 = m / v. A level of which little was seen leans on all levels."""
+    all_levels = (seen.sum(0) + GUESS) / (seen[:, 0].sum() + GUESS[0])  # (3,) 1 and two means
+    sums = seen + ALL_LEVELS_WEIGHT * all_levels  # (levels, 3)
+    _, mean, learnable = (sums / (seen[:, :1] + ALL_LEVELS_WEIGHT)).T  # (levels,) each
+    variance = np.maximum(mean * (1 - mean) - learnable, LEAST_VARIANCE)  # v
+    return mean, np.clip(learnable / variance, *STRENGTHS)
+
+
+CURRICULA = {"uniform": uniform, "sfl": sfl, "lilo": lilo, "dapo": dapo, "posterior": posterior}
 
 
 def most(scores, k, rng):
     """Indices of the k largest scores, ties broken at random."""
     shuffled = rng.permutation(len(scores))
     return shuffled[np.argsort(-np.asarray(scores)[shuffled], kind="stable")[:k]]
-
-
-class Sampler:
-    """Samples responses to training questions and grades them. Keeps the iteration's batches: how
-    many there are seeds the next one, and their tokens and seconds are what choosing cost."""
-
-    def __init__(self, args, run):
-        self.args, self.run = args, run
-
-    def begin(self, iteration):
-        self.iteration, self.batches = iteration, []
-
-    def seed(self):
-        """Depends on nothing but what it is for: a resumed run draws the same."""
-        return processes.seed_of(self.args.seed, self.iteration, len(self.batches))
-
-    def __call__(self, chosen, n):
-        start, run = time.perf_counter(), self.run
-        prompts = [run.prompts[i] for i in chosen]
-        if self.args.algo == "rcrl" and self.iteration == 0:  # the tag is not learned yet
-            prompts = [data.with_tag(run.tokenizer, prompt, None) for prompt in prompts]
-        groups = generate(run.policy, prompts, n=n, seed=self.seed(), **run.generation)
-        rewards = run.rewards(run.tokenizer, [run.questions[i] for i in chosen], groups)
-        batch = Batch(np.asarray(chosen), groups, rewards, time.perf_counter() - start)
-        self.batches.append(batch)
-        return batch
 
 
 def with_uniform(chosen, count, size, rng):
@@ -305,221 +409,323 @@ def with_uniform(chosen, count, size, rng):
     return np.concatenate([chosen, others]).astype(int)
 
 
-def candidate_metrics(batch):
-    """What to log of questions that were sampled in order to choose."""
-    successes = np.rint(batch.rewards.sum(1)).astype(int)
-    histogram = np.bincount(successes, minlength=batch.rewards.shape[1] + 1).tolist()
-    logged = {f"pool_{name}": share for name, share in job.shares(batch.rewards).items()}
-    return {"pool": len(batch.questions), **logged, "pool_histogram": histogram}
+# --------------------------------------------------------------------------- the loop
 
 
-def draw_until(order, args, sample, enough):
-    """Sample the questions in this order, a batch at a time, until `enough` of them (None: all) are
-    learnable. Returns one Batch of all that were drawn."""
-    step = args.questions if enough else len(order)
-    batches = []
-    learnable = 0
-    for start in range(0, len(order), step):
-        batches.append(sample(order[start : start + step], args.rollouts))
-        learnable += (batches[-1].learnability() > 0).sum()
-        if enough and learnable >= enough:
+def train(config, policy, critic, reference, optimizer, pool, evaluate, start, rng, state, signals):
+    """The iterations from `start` on, each logged, and saved now and then. critic, reference: None
+    where the algorithm needs none. Returns the last evaluation, {} if there was none. Raises
+    commands.Stop, once it has saved, if it must end early."""
+    out = Path(config.out)
+    log = report.Log(out, config)
+    bar = commands.progress_bar(out.name, config.iterations, "iteration", rank() == 0, start)
+    result = {}
+    signals.wait = True  # Ctrl-C lets the iteration finish
+    for iteration in range(start, config.iterations):
+        if out_of_patience(config, state):  # known since the last evaluation, maybe before a resume
             break
-    questions = np.concatenate([batch.questions for batch in batches])
-    groups = [group for batch in batches for group in batch.groups]
-    rewards = np.concatenate([batch.rewards for batch in batches])
-    return Batch(questions, groups, rewards, sum(batch.seconds for batch in batches))
+
+        # --- 1. choose questions, sample responses to each, grade them
+        pool.iteration = iteration
+        pool.sampled = []  # all batches sampled to choose this one: their cost is logged
+        choose = CURRICULA[config.curriculum]
+        batch, logged = choose(pool, config, state, rng)  # batch.rewards: (questions, n), 0 or 1
+        rollouts = [rollout for group in batch.groups for rollout in group]  # questions * n
+
+        # --- 2. credit: one advantage for every response token, a (tokens,) tensor a rollout.
+        # What is the reward compared with?
+        clock = time.perf_counter()
+        advantages = values = returns = None
+        if config.algo == "ppo":  # with V(s_t) of the critic, before this iteration trains it
+            values = ppo.rollout_values(critic, rollouts, config)
+            advantages, returns = ppo.response_gae(values, batch.rewards.flatten(), config)
+        elif config.algo == "vineppo":  # with fresh rollouts from the same state
+            advantages, spent = monte_carlo_credit(pool, config, batch)
+            logged |= spent
+        elif config.algo in ("grpo", "rloo"):  # with the group's other responses
+            of_response = ppo.group_advantages(batch.rewards, how=config.algo)  # (questions, n)
+            advantages = ppo.per_token(rollouts, of_response.flatten())
+        if config.algo in ("ppo", "vineppo"):  # group advantages keep their formula's scale
+            advantages = ppo.whiten(advantages)
+        logged["seconds_credit"] = time.perf_counter() - clock
+
+        # --- 3. update
+        clock = time.perf_counter()
+        if config.offload_optimizer:
+            pool.engine.free()  # the KV cache and Adam's moments need not fit together
+        share = learning_rate_share(config, iteration)
+        for group, lr in zip(optimizer.param_groups, (config.lr, config.critic_lr)):
+            group["lr"] = lr * share
+        ref_logprobs = None
+        if config.algo in sft.IMITATORS:
+            logged |= imitate(pool, config, policy, reference, optimizer, batch, rng, state)
+        else:
+            if config.kl_coef > 0:
+                ref_logprobs = ppo.rollout_logprobs(reference, rollouts, config)
+            logged |= ppo.update(
+                policy, optimizer, rollouts, advantages, config, ref_logprobs=ref_logprobs,
+                critic=critic, values=values, returns=returns, rng=rng,
+                when_full=pool.engine.free,
+            )  # fmt: skip
+        logged["seconds_update"] = time.perf_counter() - clock
+
+        # --- 4. measure, log, save
+        if config.kl_sample > 0 and ref_logprobs is None:
+            logged["kl"] = kl_to_start(config, reference, rollouts)
+        logged = report.metrics(pool, iteration, batch, rollouts, optimizer) | logged
+        done = iteration + 1
+        last = done == config.iterations
+        if last or done % config.eval_every == 0:
+            result = evaluate()
+            logged |= report.of_evaluation(result)
+            state.setdefault("accuracies", []).append(result["accuracy"])
+            last = last or out_of_patience(config, state)
+        log(logged)
+        stop = commands.reason_to_stop(signals, policy, critic)
+        if last or stop or done % config.save_every == 0:
+            models = {"policy": policy, "critic": critic, "optimizer": optimizer}
+            checkpoint.save(out, pool.tokenizer, models, done, rng, state)
+        bar.set_postfix(report.shown(logged, result), refresh=False)
+        bar.update()
+        if stop:
+            raise stop
+    signals.wait = False
+    bar.close()
+    return result
 
 
-def monte_carlo_credit(args, run, batch):
-    """VinePPO's advantages for a batch, and what to log of them."""
-    questions = [run.questions[i] for i in batch.questions]
-    advantages, spent = vineppo.mc_advantages(
-        run.policy, run.tokenizer, questions, batch.groups, batch.rewards,
-        mc_rollouts=args.mc_rollouts, max_steps=args.mc_max_steps or None, style=args.steps,
-        spend=args.mc_spend, score=run.rewards, seed=run.sample.seed(), **run.generation,
+def learning_rate_share(config, iteration):
+    """What share of the learning rate to use: it rises to 1 in the warm-up, then stays or falls."""
+    warm = config.warmup * config.iterations  # iterations
+    share = min(1.0, (iteration + 1) / max(1, warm))  # + 1: at 0 the first one would be wasted
+    if config.lr_schedule == "linear":
+        share = min(share, (config.iterations - iteration) / max(1, config.iterations - warm))
+    return share
+
+
+def monte_carlo_credit(pool, config, batch):
+    """VinePPO's advantages for a batch, (tokens,) for each rollout; and their cost, to log."""
+    questions = [pool.questions[i] for i in batch.questions]
+    spent = {}
+    advantages = vineppo.mc_advantages(
+        pool.engine, pool.tokenizer, questions, batch.groups, batch.rewards, stats=spent,
+        score=partial(evaluation.rewards, **pool.grading), mc_rollouts=config.mc_rollouts,
+        max_steps=config.mc_max_steps, style=config.steps, spend=config.mc_spend,
+        seed=pool.seed(), **pool.generation,
     )  # fmt: skip
-    names = ("mc_steps", "mc_filled", "mc_states", "mc_rollouts")
-    logged = {name: spent[name] for name in names}
+    logged = {name: spent[name] for name in ("mc_steps", "mc_filled", "mc_states", "mc_rollouts")}
     logged["tokens_credit"] = spent["tokens_generated"]
     return advantages, logged
 
 
-def imitate(args, run, batch):
+def imitate(pool, config, policy, reference, optimizer, batch, rng, state):
     """A round of expert iteration or return-conditioned RL, on all that was kept so far."""
-    kept = run.state.setdefault("kept", [])
-    sft.keep(kept, args.algo, batch.questions, batch.groups, batch.rewards)
-    stops = set(data.stop_ids(run.policy, run.tokenizer))
-    examples = list(run.demonstrations)
+    kept = state.setdefault("kept", [])  # [question's index, reward, response] each
+    sft.keep(kept, config.algo, batch.questions, batch.groups, batch.rewards)
+    examples = []
+    if config.solutions:
+        shown = [q for q in pool.questions if q.solution]
+        texts = [q.solution for q in shown]
+        examples = sft.demonstrations(pool.tokenizer, shown, texts, config.chat)
+    stops = data.stop_ids(policy, pool.tokenizer)
     for question, reward, response in kept:
-        prompt = run.prompts[question]
-        if args.algo == "rcrl":
-            prompt = data.with_tag(run.tokenizer, prompt, reward)
+        prompt = pool.prompts[question]  # token ids
+        if config.algo == "rcrl":  # the prompt says what the response was worth
+            prompt = data.with_tag(pool.tokenizer, prompt, reward)
         examples.append(Rollout(prompt, response, [], response[-1] in stops))
-    start = run.reference if args.expert_from == "initial" else None
-    return sft.imitate(
-        run.policy, start, examples, epochs=args.epochs, minibatch=args.minibatch,
-        lr=run.optimizer.param_groups[0]["lr"], settings=run.settings, rng=run.rng,
-    )  # fmt: skip
+    start = reference if config.expert_from == "initial" else None
+    lr = optimizer.param_groups[0]["lr"]
+    return sft.imitate(policy, start, examples, lr, config, rng)
 
 
-# --------------------------------------------------------------------------- settings
+def kl_to_start(config, reference, rollouts):
+    """KL(policy || starting model) a token (k3), from a few rollouts. It is the KL of the policy
+    that sampled them, before the update."""
+    every = math.ceil(len(rollouts) / config.kl_sample)
+    some = rollouts[::every]  # kl_sample at most, from all over the batch
+    ref = torch.cat(ppo.rollout_logprobs(reference, some, config))  # (tokens,)
+    sampled = torch.tensor([x for rollout in some for x in rollout.logprobs])  # (tokens,)
+    return float(ppo.kl_k3(ref, sampled).mean())
 
-# See commands.read_settings. Behind a comma: for data not made here, the papers' on GSM8K (arXiv
-# 2502.12272, 2410.01679).
-SETTINGS = """
-algo             ppo            ppo|vineppo|grpo|rloo|expert|rcrl what a reward is turned into
-curriculum       posterior,sfl  uniform|sfl|lilo|dapo|posterior how questions are chosen
-iterations       76,650         1..   iterations of training
-seed             0              0..   of everything random in the training
 
-questions        16,64          1..   questions an iteration (N_l)
-rollouts         8              1..   responses to each question
-rho              1.0,0.5        0..1  share of questions chosen by learnability; the rest is uniform
-refresh_every    15,50          1..   sfl: iterations between two scorings (T)
-candidates       512,1280       1..   sfl: questions scored each time (N)
-buffer_size      40,256         1..   sfl: how many of them are kept (K)
-score_rollouts   8              2..   sfl: responses to each candidate (L)
-max_candidates   128,256        1..   lilo, dapo: questions drawn in an iteration, at most
-stop_early       off            -     lilo: draw no more once enough questions are learnable
-memory           0.95,0.98      0..1  posterior: share of the evidence that an iteration keeps
+def out_of_patience(config, state):
+    """Is none of the last `patience` evaluations better than those before?"""
+    accuracies = state.get("accuracies", [])
+    if config.patience == 0 or len(accuracies) <= config.patience:
+        return False
+    return max(accuracies[-config.patience :]) <= max(accuracies[: -config.patience])
 
-temperature      1.0,0.6        0..   of the sampling, also of the log-probs in the loss
-top_p            1.0,0.9        0..1  nucleus of the sampling
-max_new_tokens   96,1024        1..   longest response; a longer one is cut off and worth 0
-context          256,2048       2..   longest prompt and response together, in tokens
 
-lr               2e-4,1e-6      0..   learning rate of the policy (AdamW, no weight decay)
-critic_lr        1e-3,1e-6      0..   learning rate of the critic
-warmup           0.03           0..1  share of the iterations in which the learning rate rises
-lr_schedule      constant,linear constant|linear after the warm-up; linear: to 0 at the end
-epochs           1,2            1..   passes over an iteration's rollouts
-minibatch        128,64         1..   rollouts an optimizer step
-loss_average     token          token|response over all tokens, or 1/|o| for each response (GRPO)
-clip             0.2            0..   PPO's ratio clip
-value_clip       0.2            0..   PPO's value clip
-kl_coef          0.0,1e-4       0..   weight of a response's KL to the starting model
-kl_sample        16             0..   with kl_coef 0: rollouts whose KL is measured; 0: none
-gamma            1.0            0..1  discount
-lam              1.0            0..1  GAE's lambda
-max_ratio        10.0           0..   a minibatch with a larger mean ratio is skipped
-max_grad_norm    1.0            0..   gradient norm that is clipped to
+# --------------------------------------------------------------------------- the set-up
 
-mc_rollouts      9              1..   vineppo: fresh responses from each state (K)
-mc_max_steps     0              0..   vineppo: steps whose end is estimated; 0: 25, or 20 of math
-mc_spend         all            all|bisect vineppo: estimate all states, or where values change
-steps            auto           auto|lines|math vineppo: steps are lines, sentences, as data has it
 
-expert_from      initial        initial|last expert, rcrl: the model that a round fine-tunes
-solutions        off            -     expert, rcrl: imitate the data set's own solutions, too
-patience         0              0..   end after so many evaluations with no better one; 0: never
+def run(config, signals=None):
+    """The whole job. Writes a folder, config.out: config.json (the settings), metrics.jsonl (a line
+    an iteration), evaluation.json, model/ (loads with from_pretrained) and state/ (for an exact
+    resume). Returns the held-out evaluations before and after. signals: from
+    `commands.signals_wait`, if Ctrl-C should wait until the iteration is finished."""
+    signals = signals or SimpleNamespace(came=[])
+    settings = dict(vars(config))  # as given: later dtype changes and, if memory runs out, others
+    first = rank() == 0
 
-tokens_per_microbatch 2048,16384     1..   padded tokens at a time; lower it if memory runs out
-gradient_checkpointing off            -     recompute activations in the backward pass: less memory
-fsdp             off            -     under torchrun: each process keeps a part of the weights
-offload_optimizer off           -     Adam's moments wait in host memory: less on the GPU, slower
-slots            0              0..   sequences decoded at once; 0: by free memory
+    # --- device and precision
+    device = memory.pick_device(config.device)
+    config.dtype = memory.precision(config.dtype, device)
+    decode_dtype = getattr(torch, config.dtype)  # the policy itself is in float32
+    if config.model == "tiny":
+        torch.set_num_threads(min(2, torch.get_num_threads()))  # too small for more
 
-eval_every       10,25          1..   iterations between two evaluations (held-out, greedy)
-eval_limit       0              0..   held-out questions, a random subset; 0: all
-save_every       10,25          1..   iterations between two checkpoints
+    # --- questions: to train on, and held out
+    fields = {name: getattr(config, f"{name}_field") for name in ("question", "answer", "solution")}
+    how = {"data_dir": config.data_dir, "fields": fields, "bits": config.bits}
+    questions = data.load_questions(config.dataset, "train", **how)
+    held_out = data.load_questions(config.dataset, "test", limit=config.eval_limit or None, **how)
 
-preset           -              -     a paper's run by name; other flags change it
-dataset          arithmetic     -     names, joined by commas, or a file's or folder's path
-bits             24             5..60 parity: bits of a question
-p_cot            0.25           0..1  parity: share of the demonstrations that are long
-data_dir         -              -     a folder with the named data set's files, instead of the hub
-question_field   -              -     the rows' name for the question; as usual: found by itself
-answer_field     -              -     and for the answer
-solution_field   -              -     and for the solution
-model            tiny,realtreetune/rho-1b-sft-GSM8K -     tiny, a hub id or a model's folder
-out              -              -     folder of the run; by default a new one under runs/
-resume           -              -     a run's folder: go on exactly where its checkpoint is
-dry_run          off            -     say what memory the run would take, and stop
-device           auto           -     auto, cpu, cuda or mps
-dtype            auto           auto|float32|bfloat16 of matrix products; auto: bfloat16 on CUDA
-chat             auto           auto|on|off prompt through the chat template; auto: if there is one
-engine           slots          slots|hf hf: model.generate, for models the slots do not fit
-stop             -              -     a text that ends a response and is not graded; \\n: a newline
-judges           0              0..   processes that compare LaTeX answers; 0: one a core
-last_number      off            -     a response with no marked answer is graded by its last number
-skip_long        off            -     leave out questions that do not fit the context
-tensorboard      off            -     log to TensorBoard, too (in the run's folder)
-wandb            off            -     log to Weights & Biases, too
-cache            runs/cache     -     where the tiny starting model is kept
-"""
-# The papers' runs. PPO by default; --algo vineppo is the other. What is not said is the table's.
-FAST = "--curriculum sfl --refresh_every 10 --candidates 256 --buffer_size 64"
-GSM8K = r"--dataset gsm8k --stop \n\n\nProblem:"
-RHO = "realtreetune/rho-1b-sft-MATH"
-MATH = rf"--dataset math --stop \n\n\nProblem: --model {RHO} --iterations 1000"
-PRESETS = {
-    "uniform-gsm8k": f"{GSM8K} --curriculum uniform",
-    "sfl-gsm8k": f"{GSM8K} --curriculum sfl",
-    "sfl-fast-gsm8k": f"{GSM8K} {FAST}",
-    "lilo-gsm8k": f"{GSM8K} --curriculum lilo",
-    "uniform-math": f"{MATH} --curriculum uniform",
-    "sfl-math": f"{MATH} --curriculum sfl",
-    "sfl-fast-math": f"{MATH} {FAST}",
-    "lilo-math": f"{MATH} --curriculum lilo",
-    "grpo-orz": "--algo grpo --dataset orz --curriculum lilo",
-}
-# What is usual for who imitates: few rounds of many samples. A pair: data made here, other data.
-ROUNDS = "--questions 256 --minibatch 64 --eval_every 1 --save_every 1"
-ROUNDS_OTHER = "--questions 1024 --lr 1e-5 --eval_every 1 --save_every 1"
-IMITATION = {
-    "expert": (f"{ROUNDS} --iterations 12 --lr 1e-3 --epochs 3", f"{ROUNDS_OTHER} --iterations 8"),
-    "rcrl": (
-        f"{ROUNDS} --iterations 8 --lr 2e-3 --epochs 2 --expert_from last",
-        f"{ROUNDS_OTHER} --iterations 8",
-    ),
-}
+    # --- policy: what is trained. A resumed run fills in its own weights, further down.
+    base = config.model
+    if base == "tiny":
+        pretraining = {"bits": config.bits, "p_cot": config.p_cot, "progress": first}
+        base = sft.tiny_base(config.cache, config.dataset, **pretraining)
+    policy, tokenizer = checkpoint.load_model(base, device=device)
+    # rcrl: two new tokens in the prompt say what a response is worth. The policy does not know them
+    # before it is trained: until then it is asked without them.
+    untagged = copy.deepcopy(tokenizer)
+    if config.algo == "rcrl":
+        data.add_tags(policy, tokenizer, config.chat)
+
+    # --- reference: a frozen copy, for the KL, or to start each round of imitation from
+    reference = None
+    imitates = config.algo in sft.IMITATORS
+    if imitates or config.kl_coef > 0 or config.kl_sample > 0:
+        # For a KL bfloat16 will do. Where the policy starts from it, it must not lose digits.
+        reference = copy_of(policy, policy.dtype if imitates else decode_dtype)
+
+    # --- prompts; checks for mistakes that raise nothing later, but train on nonsense
+    prompts = data.encode_prompts(tokenizer, questions, chat=config.chat)  # token ids
+    held_prompts = data.encode_prompts(tokenizer, held_out, chat=config.chat)
+    longest = min(config.context, longest_context(policy.config.get_text_config()) or math.inf)
+    keep = memory.fitting(prompts, longest, config, "training")  # indices
+    questions = [questions[i] for i in keep]
+    prompts = [prompts[i] for i in keep]
+    keep = memory.fitting(held_prompts, longest, config, "held-out")
+    held_out = [held_out[i] for i in keep]
+    checks.check_sizes(config, len(questions))
+    checks.check_start(config, policy, tokenizer, questions, prompts, evaluation.grade)
+    has_solutions = any(q.solution for q in questions)
+    usable = has_solutions or not config.solutions
+    commands.require(usable, f"--solutions: {config.dataset} has none; leave the flag out")
+    data.remember_chat(tokenizer, config.chat)  # whoever loads the model prompts it as it is here
+
+    # --- critic: a copy of the policy with a scalar head
+    if config.gradient_checkpointing:
+        policy.gradient_checkpointing_enable()
+    critic = ppo.ValueModel(policy) if config.algo == "ppo" else None
+
+    # --- engine: samples with the policy's own weights. With --fsdp it needs a copy of them. It is
+    # made here, before `shard` leaves each process only a part.
+    engine = Engine(policy, slots=config.slots or None, dtype=decode_dtype, own_copy=config.fsdp)
+    if config.fsdp:
+        in_bfloat16 = torch.bfloat16 if config.dtype == "bfloat16" else None
+        processes.shard(policy, in_bfloat16)
+        if critic is not None:
+            processes.shard(critic, in_bfloat16)
+
+    # --- optimizer: of both models, each at its own learning rate
+    parameters = [{"params": policy.parameters(), "lr": config.lr}]
+    if critic is not None:
+        parameters.append({"params": critic.parameters(), "lr": config.critic_lr})
+    optimizer = torch.optim.AdamW(parameters, weight_decay=0.0)
+    if config.offload_optimizer:
+        memory.offload(optimizer, device)
+
+    # --- settings of sampling, grading and evaluating
+    generation = {
+        "max_new_tokens": config.max_new_tokens,
+        "temperature": config.temperature,
+        "top_p": config.top_p,
+        "stop_ids": evaluation.stops(policy, tokenizer, config.stop),
+        "progress": first and sys.stderr.isatty(),
+    }
+    grading = {"last_number": config.last_number, "judges": Judges(config.judges)}
+    pool = Pool(config, engine, tokenizer, questions, prompts, generation, grading)
+
+    def evaluate(samples=1, tokenizer=tokenizer):
+        """The held-out questions: one greedy response to each, or several as in training."""
+        asked = generation | grading | {"chat": config.chat, "seed": config.seed, "engine": engine}
+        if samples == 1:
+            asked |= {"temperature": 0.0, "top_p": 1.0}  # greedy
+        result = evaluation.evaluate(policy, tokenizer, held_out, samples=samples, **asked)
+        return result | {"responses": result["responses"][:3]}  # as many as the summary shows
+
+    # --- start, or go on from the checkpoint; then train
+    rng = np.random.default_rng(config.seed)
+    state = {"fingerprint": report.fingerprint(questions)}  # and the curriculum's own
+    models = {"policy": policy, "critic": critic, "optimizer": optimizer}
+    with checkpoint.claim(config) as out:  # nobody else writes into this folder
+        config.out = settings["out"] = str(out)
+        # Loaded first: a resume that is refused changes nothing.
+        start = checkpoint.load(out, models, rng, state)
+        checkpoint.write(out / "config.json", json.dumps(settings, indent=1) + "\n")
+        if start == 0:
+            greedy = evaluate(tokenizer=untagged)
+            before = {"greedy": greedy, "sampled": evaluate(samples=8, tokenizer=untagged)}
+            checkpoint.write(out / "evaluation.json", json.dumps({"before": before}))
+            checkpoint.save(out, tokenizer, models, 0, rng, state)
+        else:
+            before = json.loads((out / "evaluation.json").read_text())["before"]
+        signals.folder = out  # from here on there is a checkpoint to resume from
+        result = train(
+            config, policy, critic, reference, optimizer, pool, evaluate, start, rng, state, signals
+        )
+        greedy = result if result else evaluate()  # {}: no iteration was left to do
+        after = {"greedy": greedy, "sampled": evaluate(samples=8)}
+        checkpoint.write(out / "evaluation.json", json.dumps({"before": before, "after": after}))
+    return before, after
+
+
+# --------------------------------------------------------------------------- the command line
 
 
 def parse(argv=None):
-    """The settings: flags that were not given have the data set's default or, on --resume, the
-    run's own."""
-    flags = commands.parse_flags(SETTINGS, "RL on the questions a model can almost answer.", argv)
-    args = job.resumed(flags) if "resume" in flags else anew(flags)
-    commands.check_settings(SETTINGS, args)
-    job.check(args)
-    if "resume" not in flags:
-        args.out = job.new_folder(args)
-    return args
-
-
-def anew(flags):
-    if "preset" in flags:
-        if flags["preset"] not in PRESETS:
-            raise ValueError(f"--preset {flags['preset']}: choose from {', '.join(PRESETS)}")
-        preset = PRESETS[flags["preset"]].split()
-        flags = (
-            commands.parse_flags(SETTINGS, "", preset) | flags
-        )  # what is given has the last word
-    other = flags.get("dataset", "arithmetic") not in data.MADE_HERE  # which of a pair
-    usual = IMITATION.get(flags.get("algo"), ("", ""))[other].split()
-    flags = commands.parse_flags(SETTINGS, "", usual) | flags
-    defaults = {name: row[other] for name, row in commands.read_settings(SETTINGS).items()}
-    return SimpleNamespace(**defaults | flags)
+    """The settings of a command line. Raises ValueError where some make no sense."""
+    given = sys.argv[1:] if argv is None else argv
+    config = commands.parse(Settings, given)
+    if config.resume is not None:
+        saved = checkpoint.saved_settings(config.resume)
+        config = commands.parse(Settings, given, saved)
+        checkpoint.check_changes(config, saved, CHANGEABLE)
+    else:
+        unknown = f"--preset {config.preset}: choose from {', '.join(PRESETS)}"
+        commands.require(config.preset in [None, *PRESETS], unknown)
+        # Of a flag that comes twice the last one counts: first the data set's, the preset's, yours.
+        preset = PRESETS.get(config.preset, "").split()
+        config = commands.parse(Settings, preset + given)
+        embedded = config.dataset in data.MADE_HERE
+        usual = EMBEDDED if embedded else ""
+        if config.algo in sft.IMITATORS:
+            usual += SHORT_ROUNDS[config.algo] if embedded else LONG_ROUNDS
+        config = commands.parse(Settings, usual.split() + preset + given)
+    checks.check_settings(config)
+    if config.model == "tiny":
+        sft.check_tiny(config)
+    if config.out and not config.resume:
+        checkpoint.check_folder(config.out)
+    return config
 
 
 def main(argv=None):
     with processes.several_processes(), commands.signals_wait() as signals:
-        [args] = processes.from_first_process([parse(argv) if rank() == 0 else None])
-        if args.dry_run:
-            if rank() == 0:
-                print(job.dry_run(args))
-            return
-        try:
-            before, after = train(args, signals)
-        except (KeyboardInterrupt, commands.Stop) as end:
-            started = Path(args.out, "config.json").exists()
-            way_out = f"go on from the last checkpoint with --resume {args.out}"
-            what = str(end) or "interrupted"
-            if rank() == 0:
-                print(f"\n{what}: {way_out if started else 'nothing saved'}", file=sys.stderr)
-            sys.exit(getattr(end, "code", 130))
+        # The first process parses and sends the others its settings.
+        [config] = processes.from_first_process([parse(argv) if rank() == 0 else None])
+        if config.dry_run:
+            if config.model == "tiny":
+                model = sft.tiny_model(sft.tiny_tokenizer(config.dataset), 0)
+            else:
+                model = memory.outline(config.model)
+            return print(memory.dry_run(config, model))
+        before, after = run(config, signals)
         if rank() == 0:
-            print(report.summary(Path(args.out), before, after))
+            print(report.summary(Path(config.out), before, after))
 
 
 if __name__ == "__main__":

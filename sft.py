@@ -4,365 +4,350 @@
     python sft.py --dataset gsm8k --model HUB_ID_OR_DIR --out DIR     # a data set's own solutions
     python sfl.py --algo expert                             # imitating one's own right responses
 
-Supervised fine-tuning (SFT) raises log pi(solution | prompt), summed over the solution's tokens and
-its stop token; the prompt is read, not learned:
+Supervised fine-tuning (SFT) makes the solutions it is shown more likely. The model reads the prompt
+and learns the tokens of the solution, with a stop token at the end:
 
-    loss = - sum over solution tokens of log pi(token | what is before it) / number of them
+    loss = - (sum over these tokens of log pi(token | what is before it)) / (number of them)
 
 TWO LEARNERS IMITATE THEMSELVES, in the loop of sfl.py and with any of its curricula. A policy
-samples responses, and what is right about them says which it goes on to imitate:
+samples responses. Their grades say which of them it goes on to imitate:
 
-    expert   expert iteration (arXiv 2403.04642): the right ones of all rounds, each once, and the
-             initial model learns them anew each round. STaR (2203.14465) takes one greedy response
-             a question, and a hint (the answer) where that was wrong; ReST-EM (2312.06585) is
-             this, with the last round's samples alone and at most a few for a question.
-    rcrl     return-conditioned RL: all of them, each with a tag that says its return before the
-             prompt. The good tag then asks for a right one:
+    expert   expert iteration (arXiv 2403.04642): the right responses of all rounds, each once. Each
+             round starts anew from the initial model. (ReST-EM, 2312.06585, keeps only those of the
+             last round; STaR, 2203.14465, takes one greedy response a question.)
+    rcrl     return-conditioned RL: all responses, each behind a tag that says its return. When the
+             model has learned that, the good tag asks for a right response:
 
                  <good> 37+26-12     37+26=63 63-12=51 #### 51
                  <bad>  37+26-12     37+26-12=25 #### 25
 
-There is no baseline, no ratio and no clip, and what is wrong is not unlearned, only not repeated.
+There is no baseline, no ratio and no clip. No term of the loss makes a wrong response less likely.
 
-THE TINY BASE MODEL is made so that there is something for RL to find. Real base models can reason
-step by step and mostly don't, because people skip steps. So it learns from demonstrations in which
-a line takes one term or several, and one that takes several is wrong (data.solve):
+THE TINY BASE MODEL is made so that RL has something to find. Real base models can reason step by
+step and mostly do not, because the texts they learned from skip steps. So this one learns from
+demonstrations whose lines take one term or several, and a line that takes several is wrong:
 
     37+26-12+7      37+26=63            37+26-12=25
-                    63-12+7=70          25+7=32
-                    #### 70             #### 32
+                    63-12=51            25+7=32
+                    51+7=58             #### 32
+                    #### 58
 
-Each line is a decision. It knows all single steps by heart, and the chance that it takes no other
-falls with every line: two-step chains are solved half of the time, eight-step chains hardly ever.
-There is a frontier, and it moves: what is learned on two steps makes three steps learnable.
+The model knows all single steps by heart, but with every line there is a chance that it skips one.
+It solves half of the two-step chains and hardly any of the eight-step chains. That is a frontier,
+and it moves: what is learned on two steps makes three steps learnable.
 """
 
 import hashlib
 import json
+import os
 import random
-from functools import partial
+import shutil
+from dataclasses import dataclass
+from math import inf
 from pathlib import Path
-from types import SimpleNamespace
+from typing import Literal
 
 import numpy as np
 import torch
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import data
 import ppo
-from plumbing import checkpoint, commands
-from plumbing.commands import progress_bar
+from plumbing import checkpoint
+from plumbing.batches import microbatches
+from plumbing.commands import check_limits, command_line, parse, progress_bar, require
+from plumbing.logprobs import no_dropout
 from plumbing.processes import all_sum, rank
+from plumbing.tiny import TINY_MODEL, tiny_model, word_tokenizer
 from rollout import Rollout
 
 
-def train(
-    model, draw, *, steps, lr, warmup=0.03, settings=None, max_grad_norm=1.0, bar=None, file=None
-):  # fmt: skip
-    """`steps` of AdamW with linear warm-up and decay. draw() -> a batch of `Rollout`s to imitate.
-    The loss is the mean of -log pi over the response tokens of the whole batch. settings: as
-    `ppo.update`'s, for micro-batches and precision. file: from it the same call goes on if this one
-    is interrupted. Returns the losses, one a step."""
-    settings = settings or ppo.Settings()
+@dataclass
+class Settings:
+    """Supervised fine-tuning on a data set's solutions."""
+
+    dataset: str = "arithmetic"  # names, joined by commas, or a file's or folder's path
+    bits: int = 24  # parity: bits of a question
+    p_cot: float = 0.25  # parity: share of the demonstrations that are long
+    data_dir: str | None = None  # a folder with the named data set's files, not the hub
+    notes: bool = False  # gsm8k: its calculator notes alone as solutions, 16-3=13
+    model: str = "tiny"  # tiny (of arithmetic, parity), a hub id or a model's folder
+    out: str | None = None  # folder of the trained model; by default runs/sft-DATASET
+    epochs: float = 3.0  # passes over the data
+    batch: int = 64  # demonstrations an optimizer step
+    lr: float = 1e-5  # learning rate, after a warm-up and before it falls to 0
+    limit: int = 0  # a random subset of that many questions; 0: all
+    tokens_per_microbatch: int = 8192  # padded tokens in a forward and backward
+    chat: Literal["auto", "on", "off"] = "auto"  # prompt through the chat template; auto: if any
+    seed: int = 0  # of the subset, and of the order of the demonstrations
+    device: str = "auto"  # auto, cpu, cuda or mps
+    cache: str = "runs/cache"  # where the tiny model is kept
+
+    # Without a type these are no flags, but `train` reads them. (sfl.py passes its own settings.)
+    temperature = 1.0  # log pi is of softmax(logits / temperature)
+    max_grad_norm = 1.0  # a longer gradient is scaled down to this norm
+    dtype = "float32"  # 'bfloat16': of the matrix products; weights stay in float32
+
+
+# --------------------------------------------------------------------------- next-token prediction
+
+
+def train(model, batches, *, lr, config=None, warmup=0.03, progress=False):
+    """One optimizer step (AdamW) for each batch. A batch is a list of `Rollout`s to imitate; its
+    loss is the mean of -log pi over all their response tokens. warmup: share of the steps in which
+    the learning rate rises. progress: show a bar. Returns the losses, one a step. ValueError: a
+    loss or gradient that is not finite."""
+    config = config or Settings()
+    # Adam divides by the size of recent gradients. With 0.95 "recent" means some 20 steps; the
+    # usual 0.999 means 1000, and the large gradients of the beginning would count to the end.
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0, betas=(0.9, 0.95))
-    warm = max(1, int(warmup * steps))
-    losses = load_progress(file, model, optimizer)
-    done = len(losses)
-    ppo.no_dropout(model)
-    for step in range(steps):
-        batch = draw()  # also what was learned already: the random numbers go on
-        if bar is not None:
-            bar.set_postfix(loss=f"{np.mean(losses[-50:] or [0]):.3f}", refresh=False)
+    no_dropout(model)  # as in RL, where what samples and what learns must be the same policy
+    steps = len(batches)
+    rising = max(1, int(warmup * steps))  # steps of the warm-up
+    losses = []
+    with progress_bar("SFT", steps, "step", progress) as bar:
+        for step, batch in enumerate(batches):
+            # The learning rate rises linearly to lr, then falls linearly: to 0 one step behind the
+            # last. On either side of the peak the smaller factor holds.
+            rise = (step + 1) / rising
+            fall = (steps - step) / max(1, steps - rising)
+            optimizer.param_groups[0]["lr"] = lr * min(rise, fall)
+
+            tokens = sum(len(rollout.response) for rollout in batch)  # no prompt: it is only read
+            loss = torch.zeros((), device=model.device)
+            for some in microbatches(batch, config.tokens_per_microbatch):  # indices
+                part = [batch[i] for i in some]
+                logprobs = ppo.response_logprobs(model, part, config)  # (tokens of this part,)
+                # Divided by the tokens of the whole batch: so the parts' gradients add up to its.
+                part_loss = -logprobs.sum() / tokens
+                part_loss.backward()
+                loss += part_loss.detach()
+            losses.append(float(all_sum(loss)))  # each process had its share of the batch
+
+            norm = ppo.optimizer_step(model, optimizer, config.max_grad_norm)
+            # In RL a bad batch is skipped. Demonstrations are sane, so lr is to blame for a NaN.
+            if not np.isfinite(norm):
+                raise ValueError(f"the loss is {losses[-1]} at SFT step {step}: lower --lr {lr}")
+            recent = np.mean(losses[-50:])  # a single batch's is noisy
+            bar.set_postfix(loss=f"{recent:.3f}", refresh=False)
             bar.update()
-        if step < done:
-            continue
-        rise, fall = (step + 1) / warm, (steps - step) / max(1, steps - warm)
-        optimizer.param_groups[0]["lr"] = lr * min(rise, fall)
-        tokens = sum(len(r.response) for r in batch)
-        loss = torch.zeros((), device=next(model.parameters()).device)
-        for part in ppo.microbatches(batch, settings.tokens_per_microbatch):
-            logprobs = ppo.response_logprobs(model, [batch[i] for i in part], settings)
-            part_loss = -logprobs.sum() / tokens
-            part_loss.backward()
-            loss += part_loss.detach()
-        losses.append(float(all_sum(loss)))
-        norm = ppo.step(model, optimizer, losses[-1], max_grad_norm)
-        if not np.isfinite(norm):
-            raise ValueError(f"the loss is {losses[-1]} at SFT step {step}: lower --lr {lr}")
-        if file and ((step + 1) % 100 == 0 or step + 1 == steps):
-            save_progress(file, model, optimizer, losses)
-    model.eval()
+    model.eval()  # `no_dropout` left layers under gradient checkpointing in train mode
     return losses
 
 
 def demonstrations(tokenizer, questions, texts, chat="auto"):
-    """Prompt and text of each question as a `Rollout`, its stop token included: what SFT learns."""
-    prompts = data.encode_prompts(tokenizer, questions, chat=chat)
-    responses = [data.encode_response(tokenizer, text) for text in texts]
-    has_stop = tokenizer.eos_token_id is not None
-    commands.require(has_stop, "the tokenizer has no stop token: set tokenizer.eos_token")
-    stop = [tokenizer.eos_token_id]
-    return [Rollout(p, r + stop, [], True) for p, r in zip(prompts, responses)]
+    """What SFT learns: a `Rollout` for each question. Its response is the text and a stop token."""
+    # Without a stop token in what it imitates, a model never learns to end its response.
+    stop = tokenizer.eos_token_id
+    require(stop is not None, "the tokenizer has no stop token: set tokenizer.eos_token")
+    prompts = data.encode_prompts(tokenizer, questions, chat=chat)  # a list of ids each
+    shown = []
+    for prompt, text in zip(prompts, texts, strict=True):
+        response = [*data.encode_response(tokenizer, text), stop]
+        shown.append(Rollout(prompt, response, [], True))  # nobody sampled it: no log-probs
+    return shown
+
+
+def epochs_of(examples, epochs, batch, rng):
+    """Batches for `epochs` passes over the examples (2.5, say). In each pass every example comes
+    once, in a new order. A batch may reach from one pass into the next; the last may be cut."""
+    steps = max(1, round(epochs * len(examples) / batch))
+    order = []  # indices, one pass after the other
+    while len(order) < steps * batch:
+        order.extend(rng.permutation(len(examples)))
+    batches = []
+    for start in range(0, steps * batch, batch):
+        batches.append([examples[i] for i in order[start : start + batch]])
+    return batches
 
 
 # --------------------------------------------------------------------------- imitating oneself
 
-IMITATORS = ("expert", "rcrl")
+IMITATORS = ("expert", "rcrl")  # of sfl.py's --algo
 
 
 def keep(kept, algo, questions, groups, rewards):
-    """Add what this round's samples teach to `kept`: a list of [question, return, response ids].
-    'expert': the right ones, no two alike; 'rcrl': all.
+    """Add to `kept` what this round's samples teach: [question, reward, response ids] each.
+    'expert': the right responses, no two alike; 'rcrl': all.
 
-    questions: the group's numbers; groups, rewards: n responses to each, and their grades."""
+    questions: (Q,) indices; groups: Q lists of n rollouts; rewards: (Q, n), 0 or 1."""
+    # A set: `example in known` must not search through all earlier rounds.
     known = {(question, tuple(ids)) for question, _, ids in kept}
-    for question, group, row in zip(questions, groups, rewards):
-        for rollout, reward in zip(group, row):
-            seen = (int(question), tuple(rollout.response))
-            if algo == "expert" and (reward == 0 or seen in known):
+    for question, group, grades in zip(questions, groups, rewards):
+        for rollout, reward in zip(group, grades):
+            example = (int(question), tuple(rollout.response))
+            # No copies: the data would fill with what the policy says most often anyway.
+            if algo == "expert" and (reward == 0 or example in known):
                 continue
-            known.add(seen)
+            known.add(example)
             kept.append([int(question), int(reward), rollout.response])
 
 
-def imitate(policy, start, examples, *, epochs, minibatch, lr, settings, rng):
-    """A round: `epochs` passes over the examples (Rollouts) by next-token prediction, from the
-    weights of the model `start`; None: from the policy's own. Returns metrics."""
+def imitate(policy, start, examples, lr, config, rng):
+    """A round: config.epochs passes of next-token prediction over the examples (Rollouts). First
+    the policy takes over the weights of the model `start`. None: it goes on with its own, and
+    drifts further from the initial model each round. Returns metrics."""
     if start is not None:
         policy.load_state_dict(start.state_dict())
-    if not examples:
+    if not examples:  # nothing was right yet
         return {"kept": 0}
-    steps = max(1, round(epochs * len(examples) / minibatch))
-    draw = epochs_of(examples, minibatch, rng)
-    losses = train(policy, draw, steps=steps, lr=lr, settings=settings)
-    last = losses[-max(1, steps // 5) :]
-    return {"kept": len(examples), "sft_steps": steps, "sft_loss": float(np.mean(last))}
-
-
-def epochs_of(examples, batch, rng):
-    """A function that draws batches without replacement: each example comes once an epoch."""
-    left = []
-
-    def draw():
-        while len(left) < batch:
-            left.extend(rng.permutation(len(examples)))
-        drawn, left[:] = left[:batch], left[batch:]
-        return [examples[i] for i in drawn]
-
-    return draw
+    batches = epochs_of(examples, config.epochs, config.minibatch, rng)
+    # `train` makes a new optimizer each round: the old one's moments belong to other weights.
+    losses = train(policy, batches, lr=lr, config=config)
+    fifth = max(1, len(losses) // 5)
+    loss = float(np.mean(losses[-fifth:]))  # of the last fifth: a single batch's is noisy
+    return {"kept": len(examples), "sft_steps": len(losses), "sft_loss": loss}
 
 
 # --------------------------------------------------------------------------- the tiny base model
+# A hash of these numbers is in the name of the model's folder: change one, and a new one is made.
 
-# The settings of the tiny base model; their hash names its cache, so changing one trains it anew.
 TINY = {
-    # steps, learning rate, and how many terms a line of the demonstrations takes: how often
+    # A stage: [optimizer steps, learning rate, {terms that a line takes: share of the lines}].
+    # The first teaches single steps. The second teaches to hurry: most lines take several terms.
     "stages": [
         [500, 8e-3, {1: 0.75, 2: 0.13, 3: 0.07, 4: 0.05}],
         [100, 1e-3, {1: 0.40, 2: 0.35, 3: 0.15, 4: 0.10}],
     ],
-    "one_step": 0.5,  # share of the demonstrations of one step
-    "questions": 16000,
-    "batch": 96,
-    "warmup": 0.15,
+    "one_step": 0.5,  # share of the demonstrations that have one step: results to learn by heart
+    "questions": 16000,  # demonstrations to draw from
+    "batch": 96,  # demonstrations an optimizer step
+    "warmup": 0.15,  # share of a stage's steps in which the learning rate rises
     "seed": 0,
 }
-SHORT = ppo.Settings(tokens_per_microbatch=4096)  # rows of like length together: less padding
-# Parity: steps, learning rate. A share --p_cot of the demonstrations is long.
+# Parity, in one stage. A share --p_cot of its demonstrations is long.
 TINY_PARITY = {"stages": [[350, 4e-3]], "questions": 16000, "batch": 96, "warmup": 0.15, "seed": 0}
 
 
+def tiny_tokenizer(dataset="arithmetic"):
+    """One token a number: sequences are short, and a sum is looked up, with no digits to carry. Of
+    parity: one token a bit, and one for each answer, so that a short answer is one coin flip."""
+    if dataset == "parity":
+        # The pattern tries from left to right: "#### 0" comes before the 0 in it.
+        return word_tokenizer(["\n", "0", "1", "#### 0", "#### 1"], r"#### \d|\d|\n|.")
+    numbers = map(str, range(data.MODULUS))
+    return word_tokenizer(["\n", "#### ", "+", "-", "=", *numbers], r"\d+|#### |\n|.")
+
+
 def demonstrated_chains(rng):
-    """Chains of the training split: half of them of one step, the others of STEPS_WANTED."""
+    """Chains of the training split: half of them have one step, the others STEPS_WANTED."""
     chains = []
     while len(chains) < TINY["questions"]:
-        one = rng.random() < TINY["one_step"]
-        chain = data.draw_chain(rng, 1 if one else rng.choice(data.STEPS_WANTED))
+        steps = 1  # this chain's sum is to be learned by heart
+        if rng.random() >= TINY["one_step"]:
+            steps = rng.choice(data.STEPS_WANTED)
+        chain = data.draw_chain(rng, steps)
+        # The model is never shown what it will be tested on.
         if data.in_split("".join(map(str, chain)), "train"):
             chains.append(chain)
     return chains
 
 
-def hurried(chains, hurry):
-    """A demonstration of each chain that takes so many terms a line."""
-    rng = random.Random(TINY["seed"])
-    return [data.solve(chain, hurry, rng) for chain in chains]
-
-
 def long_or_short(questions, p_cot):
     """Parity's demonstrations: the long solution with probability p_cot, else the answer alone."""
     rng = random.Random(TINY_PARITY["seed"])
-    return [q.solution if rng.random() < p_cot else f"#### {q.answer}" for q in questions]
-
-
-def draw_batch(examples, size, rng):
-    return [examples[i] for i in rng.integers(0, len(examples), size)]
+    texts = []
+    for question in questions:
+        long = rng.random() < p_cot  # long: with a chain of thought
+        texts.append(question.solution if long else f"#### {question.answer}")
+    return texts
 
 
 def tiny_base(cache, dataset="arithmetic", *, bits=data.BITS, p_cot=0.25, progress=True):
-    """The folder of a tiny base model under `cache`; trained if it is not there yet (a minute).
-    bits, p_cot: parity's."""
-    recipe = TINY if dataset == "arithmetic" else TINY_PARITY
-    made_of = [data.TERMS, data.MODULUS, *data.STEPS_WANTED] if recipe is TINY else [bits, p_cot]
-    key = json.dumps([recipe, TINY_MODEL, data.ONE_IN, made_of])
+    """Returns the folder of a tiny base model under `cache`. Trains the model first (a minute) if
+    it is not there yet. bits, p_cot: parity's."""
+    is_parity = dataset == "parity"
+    recipe = TINY_PARITY if is_parity else TINY
+    task = [bits, p_cot] if is_parity else [data.TERMS, data.MODULUS, *data.STEPS_WANTED]
+    key = json.dumps([recipe, TINY_MODEL, data.ONE_IN, task])  # all that the weights depend on
     folder = Path(cache) / f"tiny-{dataset}-{hashlib.sha256(key.encode()).hexdigest()[:10]}"
-    if (folder / "config.json").exists():
+    if (folder / "config.json").exists():  # made by an earlier run
         return folder
-    if recipe is TINY:
+
+    if is_parity:
+        questions = data.parity(recipe["questions"], recipe["seed"], bits)
+    else:
         chains = demonstrated_chains(random.Random(recipe["seed"]))
         questions = [data.worked(chain) for chain in chains]
-        stages = [(steps, lr, hurried(chains, hurry)) for steps, lr, hurry in recipe["stages"]]
-    else:
-        questions = data.parity(recipe["questions"], recipe["seed"], bits)
-        texts = long_or_short(questions, p_cot)
-        stages = [(steps, lr, texts) for steps, lr in recipe["stages"]]
-    torch.set_num_threads(min(2, torch.get_num_threads()))  # too small for more
-    tokenizer, rng = tiny_tokenizer(dataset), np.random.default_rng(recipe["seed"])
+    torch.set_num_threads(min(2, torch.get_num_threads()))  # it is too small for more
+    tokenizer = tiny_tokenizer(dataset)
     model = tiny_model(tokenizer, recipe["seed"])
-    total = sum(steps for steps, *_ in stages)
-    with progress_bar("SFT of the tiny model", total, "step", progress) as bar:
-        for number, (steps, lr, texts) in enumerate(stages):
-            examples = demonstrations(tokenizer, questions, texts)
-            draw = partial(draw_batch, examples, recipe["batch"], rng)
-            file = folder.with_name(f"{folder.name}.stage{number}")
-            file.parent.mkdir(parents=True, exist_ok=True)
-            how = {"steps": steps, "lr": lr, "warmup": recipe["warmup"], "settings": SHORT}
-            train(model, draw, bar=bar, file=file, **how)
-    save_result(model, tokenizer, folder)
+    # Small micro-batches: rollouts of like length go together, so that there is less padding.
+    config = Settings(tokens_per_microbatch=4096)
+    rng = np.random.default_rng(recipe["seed"])
+    for stage in recipe["stages"]:
+        steps, lr = stage[:2]  # arithmetic's stages have a third entry
+        if is_parity:
+            texts = long_or_short(questions, p_cot)
+        else:  # the same chains in each stage, solved in more or less of a hurry
+            hurry_rng = random.Random(recipe["seed"])
+            texts = [data.solve(chain, stage[2], hurry_rng) for chain in chains]
+        examples = demonstrations(tokenizer, questions, texts)
+        # (steps, batch) indices, with replacement
+        drawn = rng.integers(0, len(examples), (steps, recipe["batch"]))
+        batches = [[examples[i] for i in batch] for batch in drawn]
+        how = {"config": config, "warmup": recipe["warmup"], "progress": progress}
+        train(model, batches, lr=lr, **how)
+
+    if rank() == 0:
+        # Two runs that start together may both make it, each in a folder of its own.
+        own = folder.with_name(f"{folder.name}.{os.getpid()}")
+        checkpoint.save_model(model, tokenizer, own)
+        try:
+            own.rename(folder)
+        except OSError:  # the other one was first, and its model is the same
+            shutil.rmtree(own)
+    all_sum(torch.zeros(1))  # the other processes wait until it is there
     return folder
 
 
-def save_result(model, tokenizer, folder):
-    """The trained model; what was kept of its training goes."""
-    if rank() == 0:
-        checkpoint.save_model(model, tokenizer, folder)
-        for kept in folder.parent.glob(f"{folder.name}.stage*"):
-            kept.unlink()
-    all_sum(torch.zeros(1))  # the other processes wait for it
-
-
-# ==================================================================================================
-# That is the method. Below: the tiny model itself, an interrupted training, the command line.
-# ==================================================================================================
-
-
-TINY_MODEL = {
-    "hidden_size": 64,
-    "intermediate_size": 168,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 4,
-    "max_position_embeddings": 256,
-    "initializer_range": 0.05,
-    "tie_word_embeddings": False,
-}
-
-
-def tiny_tokenizer(dataset="arithmetic"):
-    """One token a number, so that sequences are short and no carry hides inside a token. Of parity:
-    one a bit, and one for each way to answer: a short answer's first token is a coin flip."""
-    words = ["<pad>", "<eos>", "\n", "#### ", "+", "-", "=", *map(str, range(data.MODULUS))]
-    pattern = r"\d+|#### |\n|."
-    if dataset == "parity":
-        words = ["<pad>", "<eos>", "\n", "0", "1", "#### 0", "#### 1"]
-        pattern = r"#### \d|\d|\n|."
-    vocabulary = {word: i for i, word in enumerate(words)}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(pattern), "isolated")
-    tokenizer.decoder = decoders.Fuse()  # join without spaces: decode(encode(text)) == text
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>")
-
-
-def tiny_model(tokenizer, seed):
-    """A Llama of well under a million parameters, randomly initialised."""
-    torch.manual_seed(seed)
-    ids = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
-    config = LlamaConfig(vocab_size=len(tokenizer), bos_token_id=None, **ids, **TINY_MODEL)
-    return LlamaForCausalLM(config)
-
-
-def save_progress(file, model, optimizer, losses):
-    if rank() == 0:
-        state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-        checkpoint.save_state({**state, "losses": losses}, Path(file))
-
-
-def load_progress(file, model, optimizer):
-    """The losses so far, and model and optimizer as they were; [] where nothing was kept."""
-    if file is None or not Path(file).exists():
-        return []
-    try:
-        state = torch.load(file, map_location="cpu", weights_only=True)
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        return state["losses"]
-    except Exception as error:  # cut off, or of another model
-        reason = commands.first_line(error)
-        raise ValueError(f"cannot go on from {file} ({reason}): delete it to start anew") from error
-
-
-# See commands.read_settings.
-SETTINGS = """
-dataset          arithmetic     -     a data set's names, or a file's or folder's path
-bits             24             5..60 parity: bits of a question
-p_cot            0.25           0..1  parity: share of the demonstrations that are long
-data_dir         -              -     a folder with the named data set's files, not the hub
-model            tiny           -     tiny (of arithmetic, parity), a hub id or a model's folder
-out              -              -     folder of the trained model; by default runs/sft-DATASET
-epochs           3.0            0.001..  passes over the data
-batch            64             1..   demonstrations an optimizer step
-lr               1e-5           0..   learning rate
-limit            0              0..   a random subset of that many questions; 0: all
-tokens_per_microbatch  8192     1..   padded tokens in a forward and backward
-chat             auto           auto|on|off  prompt through the chat template; auto: if any
-seed             0              0..   of the order of the demonstrations
-device           auto           -     auto, cpu, cuda or mps
-cache            runs/cache     -     where the tiny model is kept
-"""
+# --------------------------------------------------------------------------- the command line
 
 
 def main(argv=None):
-    settings = {name: row[0] for name, row in commands.read_settings(SETTINGS).items()}
-    flags = commands.parse_flags(SETTINGS, "Supervised fine-tuning on solutions.", argv)
-    args = SimpleNamespace(**settings | flags)
-    commands.check_settings(SETTINGS, args)
-    if args.model == "tiny":
-        check_tiny(args)
-        folder = tiny_base(args.cache, args.dataset, bits=args.bits, p_cot=args.p_cot)
+    settings = parse(Settings, argv)
+    check_limits(settings, lr=(0, inf), epochs=(0.001, inf), batch=(1, inf))
+    check_limits(settings, seed=(0, inf), bits=(5, 60), p_cot=(0, 1))
+    check_limits(settings, limit=(0, inf), tokens_per_microbatch=(1, inf))
+    if settings.model == "tiny":
+        check_tiny(settings)
+        place = f"--out {settings.out}: the tiny model is kept in --cache: leave --out away"
+        require(settings.out is None, place)
+        parity = {"bits": settings.bits, "p_cot": settings.p_cot}
+        folder = tiny_base(settings.cache, settings.dataset, **parity)
         return print(f"the tiny base model is in {folder}")
-    out = Path(args.out or f"runs/sft-{Path(args.dataset).stem}")
-    if out.exists():
-        raise ValueError(f"{out} exists already: give another folder with --out")
-    some = {"limit": args.limit or None, "seed": args.seed, "bits": args.bits}
-    questions = data.load_questions(args.dataset, "train", data_dir=args.data_dir, **some)
+
+    # Whatever may be wrong is found before a model is loaded and trained.
+    out = Path(settings.out or f"runs/sft-{Path(settings.dataset).stem}")
+    require(not out.exists(), f"{out} exists already: give another folder with --out")
+    checkpoint.check_writable("out", out)
+    questions = data.load_questions(
+        settings.dataset, "train", data_dir=settings.data_dir, limit=settings.limit or None,
+        seed=settings.seed, bits=settings.bits, notes=settings.notes,
+    )  # fmt: skip
     questions = [q for q in questions if q.solution]
-    if not questions:
-        raise ValueError(f"{args.dataset} has no solutions to learn from: no field solution")
-    model, tokenizer = checkpoint.load_model(args.model, device=args.device)
+    nothing = f"{settings.dataset} has no solutions to learn from: its rows need a field solution"
+    require(questions, nothing)
     texts = [q.solution for q in questions]
-    if args.dataset == "parity":
-        texts = long_or_short(questions, args.p_cot)
-    examples = demonstrations(tokenizer, questions, texts, args.chat)
-    draw = epochs_of(examples, args.batch, np.random.default_rng(args.seed))
-    steps = max(1, round(args.epochs * len(examples) / args.batch))
-    autocast = torch.bfloat16 if model.device.type == "cuda" else None
-    settings = ppo.Settings(tokens_per_microbatch=args.tokens_per_microbatch, autocast=autocast)
-    # of these settings: an SFT with others starts anew
-    key = hashlib.sha256(json.dumps(vars(args)).encode()).hexdigest()[:10]
-    file = out.with_name(f"{out.name}.stage-{key}")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with progress_bar("SFT", steps, "step") as bar:
-        train(model, draw, steps=steps, lr=args.lr, settings=settings, bar=bar, file=file)
-    save_result(model, tokenizer, out)
+    if settings.dataset == "parity":
+        texts = long_or_short(questions, settings.p_cot)
+
+    model, tokenizer = checkpoint.load_model(settings.model, device=settings.device)
+    if model.device.type == "cuda":
+        settings.dtype = "bfloat16"  # of the matrix products alone: the weights stay in float32
+    examples = demonstrations(tokenizer, questions, texts, settings.chat)
+    rng = np.random.default_rng(settings.seed)
+    batches = epochs_of(examples, settings.epochs, settings.batch, rng)
+    train(model, batches, lr=settings.lr, config=settings, progress=True)
+    data.remember_chat(tokenizer, settings.chat)  # whoever loads the model needs no --chat
+    checkpoint.save_model(model, tokenizer, out)
     print(f"wrote {out}")
 
 
-def check_tiny(args):
-    if args.dataset not in data.MADE_HERE:
-        limit = f"knows only arithmetic and parity, not {args.dataset!r}"
+def check_tiny(settings):
+    if settings.dataset not in data.MADE_HERE:
+        limit = f"knows only arithmetic and parity, not {settings.dataset!r}"
         raise ValueError(f"--model tiny {limit}: give --model a hub id or a folder")
 
 
 if __name__ == "__main__":
-    commands.command_line(main)
+    command_line(main)

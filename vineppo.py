@@ -5,30 +5,29 @@ second network. But text has a gift that few environments have: any state can be
 exactly, by feeding its tokens again. So ask the policy itself: V(s) is estimated by the mean reward
 of K fresh rollouts from s, and there is no critic to train.
 
-States are taken where a reasoning step starts. One response to "What is 9 + 8 - 5?", K = 4, its
-stop token written $:
+States are taken where a reasoning step starts. One response of three steps to "What is 9 + 8 - 5
++ 1?", with K = 4; $ is its stop token:
 
-    state                 rewards of 4 rollouts   value   advantage of the step that follows
-    s0  the question      1 0 0 1                  0.50   A0 = V(s1) - V(s0) = +0.25
-    s1  9+8=17            1 1 0 1                  0.75   A1 = V(s2) - V(s1) = -0.75
-    s2  17-5=11           0 0 0 0                  0.00   A2 = reward - V(s2) =  0.00
-        #### 11$          reward = 0
+    state, and the step that is taken there     4 rollouts   V(s)   advantage of the step
+    s0  the question          9+8=17            1 0 0 1      0.50   V(s1) - V(s0)  = +0.25
+    s1  s0 and 9+8=17         17-5=11           1 1 0 1      0.75   V(s2) - V(s1)  = -0.75
+    s2  s1 and 17-5=11        11+1=12           0 0 0 0      0.00   reward - V(s2) =  0.00
+                              #### 12$          reward 0
 
-"9+8=17" was a good step though the answer is wrong; the blame falls on "17-5=11", and on nothing
-after it. A group baseline (GRPO, RLOO) would have blamed all three alike. The sum over steps is
-reward - V(s0), whatever the middle. Every token of a step gets the step's advantage, and
-`ppo.update` does the rest, with no critic. In the paper's symbols A_i = r_i + V(s_{i+1}) - V(s_i),
-with gamma = 1, r_i = 0 but for the last step, and V(terminal) = 0.
+"9+8=17" was a good step, though the answer is wrong. The blame falls on "17-5=11", and on nothing
+after it. A group baseline (GRPO, RLOO) would blame all three alike. The advantages of a response
+sum to reward - V(s0), since the values between cancel. Every token of a step gets the step's
+advantage, and `ppo.update` does the rest. In the paper's symbols A_i = r_i + V(s_{i+1}) - V(s_i):
+gamma is 1, only the last step has a reward r_i, and the value after it is 0.
 
-Two things to get right. A state is a prefix of the very token ids that were sampled: text cut and
-tokenized again is often a prefix the policy never wrote. And the price is rollouts, some 9 a state,
-so all of them go to the engine in one call, which computes a prefix once; equal states are
-estimated once; and the state after the last step is not estimated, for it is the reward.
+Two things to get right. A state is a prefix of the very token ids that were sampled: a text that is
+cut and tokenized again often has other ids, which the policy never wrote. And the price is high:
+K = 9 rollouts from each state. So all states go to the engine in one call, which computes a shared
+prefix once, and equal states are estimated once.
 """
 
 import itertools
 import re
-import weakref
 from bisect import bisect_right
 from dataclasses import replace
 from functools import partial
@@ -36,297 +35,210 @@ from functools import partial
 import numpy as np
 import torch
 
-import eval as evaluation
-import rollout
-from plumbing.processes import seed_of
+from plumbing.commands import require
+from plumbing.steps import hide_formulas, sentence_starts
+from rollout import seed_of
+
+# At most so many steps of a response get an estimate, by style (the authors' numbers).
+MAX_STEPS = {"lines": 25, "math": 20}
+SALT = 2410_01679  # any number: it keeps our seeds apart from that of the responses
 
 
-def mc_advantages(model, tokenizer, questions, rollouts, rewards, **settings):
-    """VinePPO's advantages, ready for `ppo.update`: a list with one 1-D float32 tensor a rollout,
-    question by question, one number a response token, its step's; the stop token gets the last
-    step's. And the stats of `mc_values`, whose arguments these are."""
-    stats, advantages = {}, []
-    starts, values = mc_values(
-        model, tokenizer, questions, rollouts, rewards, stats=stats, **settings
-    )
-    flat_rollouts = [r for group in rollouts for r in group]
-    flat_rewards = [float(reward) for row in rewards for reward in row]
-    for r, reward, cuts, value in zip(flat_rollouts, flat_rewards, starts, values):
-        lengths = np.diff([*cuts, len(r.response)])  # in tokens, one a step
-        per_token = np.repeat(step_advantages(value, reward), lengths)
-        advantages.append(torch.from_numpy(per_token.astype(np.float32)))
-    return advantages, stats
+def mc_advantages(engine, tokenizer, questions, rollouts, rewards, **settings):
+    """VinePPO's advantages, ready for `ppo.update`: for each rollout, question by question, a 1-D
+    float32 tensor with a number for each response token. Arguments: those of `mc_values`."""
+    starts, values = mc_values(engine, tokenizer, questions, rollouts, rewards, **settings)
+    # One after the other, no longer in groups: like starts and values
+    rollouts = itertools.chain(*rollouts)
+    rewards = itertools.chain(*rewards)
+    advantages = []
+    for rollout, reward, its_starts, its_values in zip(rollouts, rewards, starts, values):
+        of_step = step_advantages(its_values, float(reward))  # (steps,)
+        # The stop token belongs to the last step: that step decided to end here.
+        lengths = np.diff([*its_starts, len(rollout.response)])  # (steps,) in tokens
+        of_token = np.repeat(of_step, lengths)  # (response tokens,)
+        advantages.append(torch.tensor(of_token, dtype=torch.float32))
+    return advantages
 
 
 def step_advantages(values, reward):
-    """A_i = V(s_{i+1}) - V(s_i), of the last step reward - V(s_last). Their sum is reward -
-    V(question)."""
-    return [after - before for before, after in zip(values, [*values[1:], reward])]
+    """A_i = V(s_{i+1}) - V(s_i), one a step. Their sum is reward - V(s_0)."""
+    # Behind the last step the response is over: there the reward stands in for V.
+    return np.diff([*values, reward]).tolist()
+
+
+# --------------------------------------------------------------------------- values
 
 
 def mc_values(
-    model, tokenizer, questions, rollouts, rewards, *, mc_rollouts=9, max_steps=None, spend="all",
-    style="auto", max_new_tokens=256, seed=None, stats=None, **settings,
-):  # fmt: skip
-    """V at the start of each step of each response: the mean reward of `mc_rollouts` (the paper's
-    K) fresh rollouts.
+    engine,  # a `rollout.Engine`
+    tokenizer,
+    questions,
+    rollouts,  # for each question its n responses
+    rewards,  # their grades, (questions, n)
+    *,
+    score,  # grades the fresh rollouts, as `eval.rewards` does
+    max_new_tokens,  # the limit under which the responses were sampled
+    mc_rollouts=9,  # K, fresh rollouts from each state
+    max_steps=None,  # steps of a response that get an estimate; None or 0: MAX_STEPS
+    style="auto",  # "lines" or "math", see `split_steps`; "auto": by each question's kind
+    spend="all",  # estimate all states, as the paper does; or "bisect", see `middles`
+    seed=None,  # may be that of the responses: SALT is mixed in
+    stats=None,  # a dict for counts: the engine's, and mc_steps and so on
+    **generation,  # temperature and so on, for the engine
+):
+    """V at the start of each reasoning step of each response: the mean reward of K fresh rollouts.
 
-    rollouts: for each question its n responses; rewards: theirs, (questions, n). max_new_tokens:
-    the limit they were sampled with. Two things differ from the authors' code: a state at token t
-    has max_new_tokens - t left, not all of them anew, so that V is the value in the policy's own
-    process, in which running out of tokens is worth 0; and it ends behind the newline, not before
-    it. settings: `state_rewards`'s, temperature and so on.
+    Two things differ from the authors' code. A state at token t leaves its rollouts max_new_tokens
+    - t tokens, not all of them anew: V is the value in the policy's own process, in which running
+    out of tokens is worth 0. And a state ends behind the newline, not before it.
 
-    Equal states (same question, same token prefix) are estimated once: the question itself for all
-    its responses. V is estimated at the question and at the ends of a response's first `max_steps`
-    steps (None: 25, or 20 of "math"). The other values are filled from the end, as in the authors'
-    code: with V(terminal) = 0 and no reward before the last step, V(s_i) = r_i + V(s_{i+1}) is the
-    reward. So those steps get advantage 0, and the last one with an estimate answers for all that
-    follows.
+    Returns starts, values: for each rollout, question by question, a list of token indices and a
+    list of floats, one a step. ValueError: arguments that do not fit together."""
+    require(mc_rollouts >= 1, f"mc_rollouts {mc_rollouts}: needs at least 1")
 
-    spend: "all", the paper's, estimates each of these states. "bisect" saves rollouts where values
-    do not change (divide and conquer, as arXiv 2406.06592 does to label steps): first the ends,
-    then the middle between two states whose values differ by more than one rollout, and so on;
-    where they agree, the values between are interpolated.
+    # --- 1. all states of all responses, each once
+    states = {}  # key, the same for equal states -> (question, rollout, start)
+    responses = []  # of each: token indices where steps start, its states' keys, its reward
+    for question, group, grades in zip(questions, rollouts, rewards, strict=True):
+        its_style = style
+        if style == "auto":
+            its_style = "math" if question.kind == "math" else "lines"
+        for rollout, reward in zip(group, grades, strict=True):
+            its_starts = step_starts(tokenizer, rollout.written(), style=its_style)
+            path = []  # keys of its states
+            # + 1: a state before the first step, and one behind each of the first max_steps.
+            for start in its_starts[: (max_steps or MAX_STEPS[its_style]) + 1]:
+                before = tuple(rollout.prompt), tuple(rollout.response[:start])
+                # Answer and kind belong to it: equal tokens may be graded in another way.
+                key = question.answer, question.kind, *before
+                states.setdefault(key, (question, rollout, start))
+                path.append(key)
+            responses.append((its_starts, path, float(reward)))
 
-    Returns starts, values: lists, one entry a rollout, question by question: token indices and
-    floats, one a step. stats: a dict added to: the engine's counts and mc_steps, mc_filled (steps
-    without an estimate), mc_states, mc_rollouts."""
-    check_mc(questions, rollouts, rewards, mc_rollouts, max_steps)
-    # 1. the distinct states: starts of steps that differ in question or token prefix
-    starts = []  # of each response: token indices
-    paths = []  # of each response: which states its first steps start in
-    states = []  # (question, rollout, start)
-    number_of = {}  # key of a state -> its number
-    for question, group in zip(questions, rollouts):
-        lines_or_math = "math" if question.kind == "math" else "lines"
-        its_style = lines_or_math if style == "auto" else style
-        most = max_steps or (20 if its_style == "math" else 25)  # the authors'
-        for r in group:
-            starts.append(step_starts(tokenizer, r.written(), style=its_style))
-            paths.append([])
-            for start in starts[-1][: most + 1]:
-                key = question.answer, question.kind, tuple(r.prompt), tuple(r.response[:start])
-                if key not in number_of:
-                    number_of[key] = len(states)
-                    states.append((question, r, start))
-                paths[-1].append(number_of[key])
-
-    # 2. their values, {number: V}
-    value_of = {}
-    wanted = range(len(states))
+    # --- 2. values: of all states in one call of the engine, or by bisection in several
+    values_of = {}  # key -> V
+    paths = [path for _, path, _ in responses]
+    wanted = set(states)
     if spend == "bisect":
-        wanted = {path[end] for path in paths for end in (0, -1)}
-    for call in itertools.count():
-        missing = sorted(set(wanted) - value_of.keys())
-        if not missing:
-            break
+        wanted = set()
+        for path in paths:
+            wanted |= {path[0], path[-1]}  # later what lies between, if they differ
+    call = 0
+    # Until each wanted state has a value: for "all" that is one pass.
+    while missing := [key for key in states if key in wanted and key not in values_of]:
         fresh = state_rewards(
-            model, tokenizer, [states[i] for i in missing], n=mc_rollouts, call=call, seed=seed,
-            max_new_tokens=max_new_tokens, stats=stats, **settings,
-        )  # fmt: skip
-        value_of |= {i: sum(x) / mc_rollouts for i, x in zip(missing, fresh)}
-        wanted = {i for path in paths for i in middles(path, value_of, 1 / mc_rollouts)}
+            engine, tokenizer, [states[key] for key in missing], n=mc_rollouts, score=score,
+            max_new_tokens=max_new_tokens, seed=seed, call=call, stats=stats, **generation,
+        )  # (missing, K)  # fmt: skip
+        for key, its_rewards in zip(missing, fresh):
+            values_of[key] = sum(its_rewards) / mc_rollouts  # V, the mean
+        if spend == "bisect":
+            # 1 / K is one rollout more or less: so small a change proves nothing.
+            wanted |= middles(paths, values_of, 1 / mc_rollouts)
+        call += 1
 
-    # 3. back to the responses
+    # --- 3. back to the responses
+    starts = []
     values = []
-    flat_rewards = [float(reward) for row in rewards for reward in row]
-    for path, reward, cuts in zip(paths, flat_rewards, starts):
-        known = [i for i, number in enumerate(path) if number in value_of]
-        between = np.interp(range(len(path)), known, [value_of[path[i]] for i in known]).tolist()
-        values.append(between + [reward] * (len(cuts) - len(path)))
-    steps = sum(map(len, starts))
-    estimated = sum(number in value_of for path in paths for number in path)
-    rollout.add(
-        {} if stats is None else stats, mc_steps=steps, mc_filled=steps - estimated,
-        mc_states=len(value_of), mc_rollouts=mc_rollouts * len(value_of),
-    )  # fmt: skip
+    filled = 0  # steps without an estimate
+    for its_starts, path, reward in responses:
+        known = [i for i, key in enumerate(path) if key in values_of]  # steps
+        estimates = [values_of[path[i]] for i in known]
+        # Values of states that bisection left out are interpolated. Past max_steps V is the reward,
+        # as in the authors' code: the last step with an estimate answers for all steps behind it.
+        its_values = np.interp(range(len(its_starts)), known, estimates, right=reward)  # (steps,)
+        starts.append(its_starts)
+        values.append(its_values.tolist())
+        filled += len(its_starts) - len(known)
+    if stats is not None:
+        stats |= {"mc_steps": sum(map(len, starts)), "mc_filled": filled}
+        stats |= {"mc_states": len(values_of), "mc_rollouts": mc_rollouts * len(values_of)}
     return starts, values
 
 
-def middles(path, value_of, doubt):
-    """The states halfway between two neighbours with estimates that differ by more than `doubt`."""
-    known = [i for i, number in enumerate(path) if number in value_of]
-    for left, right in itertools.pairwise(known):
-        if abs(value_of[path[left]] - value_of[path[right]]) > doubt + 1e-9:
-            yield path[(left + right) // 2]
+def middles(paths, values_of, resolution):
+    """Bisection: the states to estimate next (arXiv 2406.06592 labels steps so). Each lies in the
+    middle between two states of a path that have values, with none between them, and whose values
+    differ by more than `resolution`. What rises and falls again between equal values is missed."""
+    states = set()  # keys, like all states here
+    for path in paths:
+        known = [i for i, state in enumerate(path) if state in values_of]
+        for left, right in itertools.pairwise(known):
+            change = abs(values_of[path[left]] - values_of[path[right]])
+            if change > resolution + 1e-9:  # in floats 1 - 2/3 exceeds 1/3
+                # Of two neighbours this is the left one. It has a value: nothing more to do.
+                states.add(path[(left + right) // 2])
+    return states
 
 
 def state_rewards(
-    model, tokenizer, states, *, n, max_new_tokens, seed=None, call=0, stats=None,
-    score=evaluation.rewards, **generation,
-):  # fmt: skip
-    """Rewards of fresh rollouts from each state, all in one call of the engine: a list of lists of
-    floats.
+    engine, tokenizer, states, *, n, score, max_new_tokens, seed=None, call=0, **generation
+):
+    """Rewards of n fresh rollouts from each state, in one call of the engine: lists of n floats.
 
-    states: (question, rollout, start) each: the state is rollout.prompt + rollout.response[:start].
-    n: how many from each. max_new_tokens: of the whole response; a rollout gets what the state
-    leaves of it. seed: may be the one the responses were sampled with; call: a number of its own
-    for each call with that seed. score: as `eval.rewards`. generation: temperature and so on, for
-    `rollout.generate`. ValueError: a state that leaves nothing."""
-    longest = max((start for _, _, start in states), default=0)
-    if longest >= max_new_tokens:
-        limit = f"max_new_tokens={max_new_tokens} must be the limit it was sampled with"
-        state = f"a state {longest} tokens into its response"
-        raise ValueError(f"no room for a rollout from {state}: {limit}")
-    if seed is not None:  # random numbers belong to (seed, request): else the responses' own again
-        seed = seed_of(seed, 2410_01679, call)
+    states: (question, rollout, start) each, which is rollout.prompt + rollout.response[:start].
+    call: a number of its own for each call with this seed. The rest: as `mc_values`."""
     prefixes = [r.prompt + r.response[:start] for _, r, start in states]
-    left = [max_new_tokens - start for _, _, start in states]
-    groups = rollout.generate(
-        model, prefixes, n=n, max_new_tokens=left, seed=seed, stats=stats, **generation
-    )
-    whole = []  # graded is the whole response
+    left = [max_new_tokens - start for _, _, start in states]  # tokens that a rollout may have
+    # Another seed than the responses had: with theirs, the engine would draw the same random
+    # numbers, and the rollouts from a bare question would be its responses again.
+    if seed is not None:
+        seed = seed_of(seed, SALT, call)
+    groups = engine.generate(prefixes, n=n, max_new_tokens=left, seed=seed, **generation)
+    # The whole response is graded, state and rollout: the answer may stand in the state.
+    whole = []  # (states, n)
     for (_, r, start), group in zip(states, groups):
         before = r.response[:start]
         whole.append([replace(g, prompt=r.prompt, response=before + g.response) for g in group])
-    return score(tokenizer, [question for question, _, _ in states], whole).tolist()
+    questions = [question for question, _, _ in states]
+    return score(tokenizer, questions, whole).tolist()
 
 
 # --------------------------------------------------------------------------- steps
 
-STEP_NEWLINE = re.compile(r"\n(?=[^\S\n]*(?!####)\S)")  # before a line, not blank nor the answer
-SENTENCE_END = re.compile(r"[.!?][\"')\]*”’]*[^\S\n]+(?=\S)")
+# The newline before a line that is neither blank nor the answer. [^\S\n] is a space or a tab.
+STEP_NEWLINE = re.compile(r"\n(?=[^\S\n]*(?!####)\S)")
 
 
 def split_steps(response, *, style="lines"):
-    """Character offsets at which the reasoning steps of a response start, 0 first; the steps joined
-    are the response.
+    """Where the reasoning steps of a response start: character offsets, 0 first. Each step reaches
+    to the start of the next one.
 
-    "lines" (GSM8K): a step a line. The `####` line belongs to the step before it, blank lines to
-    the step they follow. "math" (MATH): sentences end steps too, and nothing splits inside $...$,
-    $$...$$, \\[...\\], \\(...\\) or an environment. A delimiter without its partner is plain text.
-    Where a sentence ends is a guess, coarse where in doubt. Linear time."""
+    "lines" (GSM8K): each line is a step. The `####` line belongs to the step before it, and so do
+    blank lines. "math" (MATH): a step may also end with a sentence, and nothing splits inside
+    $...$, $$...$$, \\[...\\], \\(...\\) or an environment. Where a sentence ends is a guess; in
+    doubt it goes on."""
     if style not in ("lines", "math"):
         raise ValueError(f"unknown step style {style!r}: use 'lines' (GSM8K, arithmetic) or 'math'")
+    text = hide_formulas(response) if style == "math" else response  # as long as the response
+    offsets = {match.end() for match in STEP_NEWLINE.finditer(text)}
     if style == "math":
-        response = hide_formulas(response)
-    cuts = {m.end() for m in STEP_NEWLINE.finditer(response)}
-    if style == "math":
-        cuts |= {m.end() for m in SENTENCE_END.finditer(response) if ends_sentence(response, m)}
-    first = len(response) - len(response.lstrip())  # leading blank lines are no step
-    return [0] + sorted(cut for cut in cuts if cut > first)
+        offsets |= sentence_starts(text)
+    # Blank lines at the head are no step: the first step starts at 0 and takes them in.
+    blank = len(response) - len(response.lstrip())  # characters
+    return [0] + sorted(offset for offset in offsets if offset > blank)
 
 
-def step_starts(tokenizer, response_ids, *, style="lines"):
-    """Token index at which each step of `split_steps` starts, 0 first, ascending:
-    response_ids[:index] are the very tokens that were written before the step. A boundary inside a
-    token belongs to the later step, and a character that is spread over tokens starts in the first
-    of them; so a step may vanish where one token spans all of it.
-
-    response_ids: without the stop token, which is no step. Special tokens have no text."""
-    ids = list(response_ids)
+def step_starts(tokenizer, ids, *, style="lines"):
+    """Token index at which each step of `split_steps` starts, 0 first, ascending: ids[:index] are
+    the very tokens that were written before the step. ids: a response without its stop token."""
     decode = partial(tokenizer.decode, skip_special_tokens=True, clean_up_tokenization_spaces=False)
     text = decode(ids)
-    cuts = split_steps(text, style=style)
-    if len(cuts) == 1:
-        return [0]
-    indices, offsets = clean_prefixes(decode, ids, text, PIECES.setdefault(tokenizer, {}))
-    return sorted({0, *(indices[bisect_right(offsets, cut) - 1] for cut in cuts[1:])})
 
+    def characters(end):
+        # The complete characters of ids[:end]. The bytes of one may be spread over tokens; as long
+        # as some are missing, it is decoded as \ufffd.
+        return len(decode(ids[:end]).rstrip("\ufffd"))
 
-# ==================================================================================================
-# That is the method. Below: what is a sentence, what is a formula, which tokens make up which text.
-# ==================================================================================================
-
-NO_SENTENCE_END = re.compile(
-    r"(?:\b[A-Za-z]\.[A-Za-z]"  # i.e.
-    r"|\b(?:cf|vs|etc|Mr|Mrs|Ms|Dr|Fig|Eq|approx|resp)|\."  # vs. and ...
-    r"|^[^\S\n]*\d{1,3})\.$",  # 12. of a list
-    re.MULTILINE,
-)
-# what may open or close a formula; and any escaped character
-TEX = re.compile(r"\\(?:begin|end)\{[A-Za-z]+\*?\}|\[/?asy\]|\\[^\n]|\$")
-PARTNER = {r"\[": r"\]", r"\(": r"\)", "[asy]": "[/asy]"}  # the last: MATH's drawings
-
-
-def ends_sentence(text, match):
-    """Is this mark with white space behind it the end? Not in `5! ways`, `approx. five`, `Mr.
-    Smith`, `1. First`."""
-    opening, stop = text[match.end()], match.start() + 1
-    if opening.islower() or opening in "#=+-*/<>^,;:":
-        return False
-    return text[stop - 1] != "." or not NO_SENTENCE_END.search(text, max(0, stop - 40), stop)
-
-
-def hide_formulas(text):
-    """The text with every formula overwritten by as many X, but for the full stop that may be its
-    last character."""
-    tokens = list(TEX.finditer(text))
-    # start of a token that opens a formula -> (start, end) of the one that closes it
-    partner = {}
-    opened = {}  # closing token -> stack of its opening tokens, as environments nest
-    for token in tokens:
-        closing = PARTNER.get(token[0])
-        if token[0].startswith(r"\begin{"):
-            closing = r"\end" + token[0][len(r"\begin") :]
-        if closing:
-            opened.setdefault(closing, []).append(token.start())
-        elif opened.get(token[0]):
-            partner[opened[token[0]].pop()] = token.span()
-    hidden = list(text)
-
-    def hide(start, stop, end):  # formula text[start:end], its closing token text[stop:end]
-        full_stop = text[start:stop].rstrip()[-1:]
-        hidden[start:end] = "X" * (end - start - 1) + (full_stop if full_stop in ".!?" else "X")
-
-    end = 0  # of the last formula
-    dollar = None  # where a $ or $$ has opened
-    last_pair = text.rfind("$$")
-    for token in tokens:
-        start = token.start()
-        if start < end:
-            continue
-        if start in partner:
-            stop, end = partner[start]
-            hide(start, stop, end)
-        elif token[0] == "$" and dollar is None:
-            width = 2 if text.startswith("$$", start) and start + 1 < last_pair else 1
-            dollar = start
-            end = start + width
-        elif token[0] == "$" and (width == 1 or text.startswith("$$", start)):
-            end = start + width
-            hide(dollar, start, end)
-            dollar = None
-    return "".join(hidden)
-
-
-PIECES = weakref.WeakKeyDictionary()  # tokenizer -> {token id: the text it adds}
-
-
-def clean_prefixes(decode, ids, text, pieces):
-    """The i for which decode(ids[:i]) is text[:offset], i.e. no character is cut, and these
-    offsets: two lists.
-
-    Decoding every prefix would take quadratic time. Mostly a token adds the same text wherever it
-    stands (except in first place, where some decoders drop a space), so its piece is looked up:
-    what a second copy of it adds to a first. If the pieces do not make up the text (a character is
-    spread over tokens), then token by token, decoding only those since the last clean prefix and,
-    as context, the piece before it."""
-    for token in set(ids) - pieces.keys():
-        pieces[token] = decode([token, token])[len(decode([token])) :]
-    parts = [decode(ids[:1]), *(pieces[token] for token in ids[1:])]
-    if "".join(parts) == text:
-        return range(len(ids) + 1), np.cumsum([0, *map(len, parts)]).tolist()
-    indices, offsets = [0], [0]
-    before, context = 0, ""
-    for i in range(1, len(ids) + 1):
-        window = decode(ids[before:i])  # the rest of a character still to come reads \ufffd here
-        piece = window[len(context) :]
-        if window.startswith(context) and text.startswith(piece, offsets[-1]):
-            if piece and "\ufffd" not in piece:  # else a special token, or bytes: no context
-                before = indices[-1]
-            indices.append(i)
-            offsets.append(offsets[-1] + len(piece))
-            context = decode(ids[before:i])
-    return indices, offsets
-
-
-def check_mc(questions, rollouts, rewards, mc_rollouts, max_steps):
-    if mc_rollouts < 1 or (max_steps is not None and max_steps < 1):
-        raise ValueError(f"mc_rollouts={mc_rollouts} and max_steps={max_steps} must be at least 1")
-    sizes = [len(group) for group in rollouts]
-    if len(questions) != len(rollouts) or sizes != [len(row) for row in rewards]:
-        groups = f"{len(rollouts)} groups of rollouts, {len(rewards)} of rewards"
-        need = "need one of each for a question, and a reward for each rollout"
-        raise ValueError(f"{len(questions)} questions, {groups}: {need}")
+    starts = {0}  # a set: two steps that start inside one token become one
+    for offset in split_steps(text, style=style)[1:]:
+        # The last index at or before the offset: a token across it belongs to the later step.
+        index = bisect_right(range(len(ids)), offset, key=characters) - 1
+        # A character may be half written at that index. Then go back to where none is.
+        before = decode(ids[:index])
+        while len(before) > offset or not text.startswith(before):
+            index -= 1
+            before = decode(ids[:index])
+        starts.add(index)
+    return sorted(starts)

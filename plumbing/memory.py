@@ -1,22 +1,36 @@
 """What fits: devices, free memory, passes made again in halves, and what a run will take."""
 
 import contextlib
+import gc
 import math
+import os
+import sys
 import warnings
 
 import torch
 import torch.distributed as dist
 
-from plumbing.processes import many_processes
+from plumbing.commands import first_line
+from plumbing.processes import many_processes, rank
 
 
 def pick_device(name):
     """'auto' becomes the first there is of cuda, mps and cpu. ValueError: one that is not there."""
-    there = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available()
-    there += ["cpu"]
+    there = ["cuda"] * torch.cuda.is_available()
+    there += ["mps"] * torch.backends.mps.is_available() + ["cpu"]
     if name != "auto" and name.partition(":")[0] not in there:
         raise ValueError(f"no device {name!r} here: give auto or {' or '.join(there)}")
-    return there[0] if name == "auto" else name
+    device = there[0] if name == "auto" else name
+    if device == "cuda" and many_processes():
+        return f"cuda:{os.environ['LOCAL_RANK']}"  # torchrun: one card a process
+    return device
+
+
+def precision(dtype, device):
+    """Of the matrix products: 'auto' is bfloat16 on a GPU, float32 elsewhere."""
+    if dtype != "auto":
+        return dtype
+    return "bfloat16" if device.startswith("cuda") else "float32"
 
 
 def free_memory(device):
@@ -29,39 +43,66 @@ def free_memory(device):
     return math.inf
 
 
-def until_it_fits(settings, clear=None):
-    """`with` blocks to do the same thing in until memory suffices: a next one has half the
-    tokens_per_microbatch, which changes no gradient. clear: called between them, to forget the
-    gradient so far."""
-    fitted = []
-    while not fitted:
-        yield halve_when_full(settings, clear, fitted)
+def is_out_of_memory(error):
+    """CUDA's libraries and the CPU's allocator say it in words of their own."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    texts = ("out of memory", "can't allocate memory", "ALLOC_FAILED", "ALLOCATION_FAILED")
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in texts)
 
 
-@contextlib.contextmanager
-def halve_when_full(settings, clear, fitted):
-    try:
-        yield
-        fitted.append(True)
-    except torch.OutOfMemoryError:
-        if settings.tokens_per_microbatch < 2 or settings.fsdp:  # others wait for this very pass
-            raise
-        settings.tokens_per_microbatch //= 2
-        if clear is not None:
-            clear()
-        tokens = settings.tokens_per_microbatch
-        warnings.warn(
-            f"out of memory: going on with --tokens_per_microbatch {tokens}", stacklevel=2
-        )
+def halve_until_it_fits(function, config, *clear):
+    """function(), and again with half of config.tokens_per_microbatch whenever memory runs out,
+    which changes no gradient. clear: functions called in between, to forget the gradient so far."""
+    while True:
+        try:
+            return function()
+        except Exception as error:
+            # With --fsdp other processes wait in this very pass.
+            if config.tokens_per_microbatch < 2 or config.fsdp or not is_out_of_memory(error):
+                raise
+        # Behind the handler: the exception holds the frames it came through, and their locals hold
+        # the graph of the failed pass. Only now is that memory free.
+        config.tokens_per_microbatch //= 2
+        for forget in clear:
+            forget()
+        gc.collect()  # what holds itself in a cycle
         torch.cuda.empty_cache()
+        now = f"going on with --tokens_per_microbatch {config.tokens_per_microbatch}"
+        warnings.warn(f"out of memory: {now}", stacklevel=2)
 
 
-def move_state(optimizer, device):
-    """Adam's moments, to where they are needed or to where they wait."""
-    for state in optimizer.state.values():
-        for name, tensor in state.items():
-            if tensor.dim() > 0:  # not the step's number, which Adam wants on the CPU
-                state[name] = tensor.to(device)
+def offload(optimizer, device):
+    """From now on Adam's moments wait in host memory between optimizer steps."""
+
+    def move_to(where):
+        for state in optimizer.state.values():
+            for name, tensor in state.items():
+                if tensor.dim() > 0:  # not the step's number, which Adam wants on the CPU
+                    state[name] = tensor.to(where)
+
+    optimizer.register_step_pre_hook(lambda *_: move_to(device))
+    optimizer.register_step_post_hook(lambda *_: move_to("cpu"))
+
+
+def fitting(prompts, limit, settings, which):
+    """Indices of the prompts that leave room for --max_new_tokens in a context of `limit` tokens.
+    ValueError: one does not and there is no --skip_long, or none does."""
+    room = limit - settings.max_new_tokens
+    fits = [i for i in range(len(prompts)) if len(prompts[i]) <= room]
+    long = [i for i in range(len(prompts)) if len(prompts[i]) > room]
+    context = f"the context of {limit} with --max_new_tokens {settings.max_new_tokens}"
+    if not fits:
+        shortest = f"the shortest is {min(map(len, prompts))} tokens"
+        raise ValueError(f"no {which} question fits {context} ({shortest}): lower --max_new_tokens")
+    if long and not settings.skip_long:
+        first = f"{which} question {long[0]} is {len(prompts[long[0]])} tokens: too long for"
+        way_out = f"({len(long)} of {len(prompts)} are): lower that, or pass --skip_long"
+        raise ValueError(f"{first} {context} {way_out}")
+    if long and rank() == 0:
+        count = f"{len(long)} of {len(prompts)} {which} questions"
+        print(f"left out {count}, too long for {context}", file=sys.stderr)
+    return fits
 
 
 def kv_numbers(config):
@@ -72,67 +113,102 @@ def kv_numbers(config):
 
 
 PROMPT = 256  # tokens of a question, taken to be the longest
+LESS = "--gradient_checkpointing, --offload_optimizer, --fsdp, --tokens_per_microbatch, --slots"
 
 
-def forecast(args, model, bfloat16, reference):
-    """{owner: bytes} in a process at the peak, which is in the update. model: may lie on the meta
-    device; bfloat16: are matrix products in bfloat16? reference: its dtype, None if there is none.
-    Activations are those of a Llama-like layer."""
-    config = model.config.get_text_config()
-    layers, hidden = config.num_hidden_layers, config.hidden_size
-    column = kv_numbers(config)
+def outline(path):
+    """A model of that configuration without weights, on the meta device."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        config = AutoConfig.from_pretrained(path)
+    except Exception as error:  # no such folder, offline, an unknown architecture
+        reason = f"cannot read a configuration in {path!r} ({first_line(error)})"
+        raise ValueError(
+            f"{reason}: give --model a folder with config.json, or a hub id"
+        ) from error
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config)
+
+
+def dry_run(config, model):
+    """What a run would take, as a table. model: on the meta device will do."""
+    device = pick_device(config.device)
+    owners = forecast(config, model, precision(config.dtype, device) == "bfloat16")
+    owners["together"] = sum(owners.values())
+    millions = sum(p.numel() for p in model.parameters()) / 1e6
+    lines = [f"{config.model}: {millions:,.1f} million parameters, {config.algo} on {device}"]
+    for owner, size in owners.items():
+        lines.append(f"{owner:<12}{size / 2**30:9.2f} GiB")
+    free = free_memory(device)
+    if free < math.inf:
+        fits = "it fits" if owners["together"] < free else f"it does not fit: try {LESS}"
+        lines.append(f"{'free':<12}{free / 2**30:9.2f} GiB: {fits}")
+    return "\n".join(lines)
+
+
+def forecast(config, model, bfloat16):
+    """{owner: bytes} in a process at the peak, which is in the update. config: a run's settings;
+    bfloat16: are matrix products in bfloat16? Activations are those of a Llama-like layer."""
+    shape = model.config.get_text_config()
+    layers, hidden = shape.num_hidden_layers, shape.hidden_size
+    inner = getattr(shape, "intermediate_size", None) or 4 * hidden
+    column = kv_numbers(shape)  # numbers of a token in the cache
     kv = column / 2 / layers  # width of a layer's keys
-    inner = getattr(config, "intermediate_size", None) or 4 * hidden
+
+    # Bytes of weights in float32, and of a copy that is not trained.
     policy = 4 * sum(p.numel() for p in model.parameters())
-    critic = 4 * sum(p.numel() for p in model.base_model.parameters()) * (args.algo == "ppo")
-    columns = -(-min(args.context, PROMPT + args.max_new_tokens) // 64) * 64
-    width = 2 if bfloat16 else 4
-    slots = args.slots or min(512 if bfloat16 else 256, args.questions * args.rollouts)
-    # what a layer keeps for the backward pass, a token
+    frozen = policy / 2 if bfloat16 else policy
+    critic = 4 * sum(p.numel() for p in model.base_model.parameters())
+    if config.algo != "ppo":
+        critic = 0
+    decoder = frozen * (bfloat16 or config.fsdp)  # a copy for the engine
+    reference = frozen * (config.kl_coef > 0 or config.kl_sample > 0)
+    if config.algo in ("expert", "rcrl"):  # rounds start from its weights
+        reference = policy
+
+    # A micro-batch: what a layer keeps for the backward pass, a token; a chunk of logits.
     kept = 4 * (9 * hidden + 4 * inner + 1.5 * kv) * (0.6 if bfloat16 else 1)
-    tokens = args.tokens_per_microbatch
+    tokens = config.tokens_per_microbatch
     activations = tokens * layers * kept
-    if args.gradient_checkpointing:
+    if config.gradient_checkpointing:  # a layer's input, and all of one layer
         activations = tokens * (layers * 4 * hidden + kept)
-    cache = slots * (columns * column * width + 16 * config.vocab_size)
-    logits = 8 * min(tokens * config.vocab_size, 2**25)  # a chunk and its softmax
-    decoder = policy / 2 if bfloat16 else policy * args.fsdp  # a copy of the weights
-    parts = dist.get_world_size() if args.fsdp and many_processes() else 1
-    # --fsdp: embedding and head stay gathered for a pass, weights and gradient; and two layers
-    tables = 4 * 2 * config.vocab_size * hidden
-    gathered = (2 * tables + 2 * (policy - tables) / layers) * args.fsdp
+    logits = 8 * min(tokens * shape.vocab_size, 2**25)  # and their softmax
+
+    # The cache of keys and values. With --offload_optimizer it is freed before the update.
+    columns = 64 * math.ceil(min(config.context, PROMPT + config.max_new_tokens) / 64)
+    width = 2 if bfloat16 else 4  # bytes of a number
+    slots = config.slots or min(512 if bfloat16 else 256, config.questions * config.rollouts)
+    cache = slots * (columns * column * width + 16 * shape.vocab_size)
+
+    # --fsdp: embedding and head stay gathered for a pass, weights and gradient; and two layers.
+    parts = dist.get_world_size() if config.fsdp and many_processes() else 1
+    tables = 4 * 2 * shape.vocab_size * hidden
+    gathered = (2 * tables + 2 * (policy - tables) / layers) * config.fsdp
     owners = {
         "policy": policy / parts + decoder,
         "critic": critic / parts,
-        "reference": {None: 0, "bfloat16": policy / 2, "float32": policy}[reference],
+        "reference": reference,
         "optimizer": 2 * (policy + critic) / parts,
         "gradients": max(policy, critic) / parts + gathered,
-        "cache": 0 if args.offload_optimizer else cache,  # then it is freed before the update
+        "cache": 0 if config.offload_optimizer else cache,
         "activations": activations + logits,
     }
-    if args.offload_optimizer:  # then these are never on the device together
+    if config.offload_optimizer:  # then these are never on the device together
         owners[min("optimizer", "activations", key=owners.get)] = 0
     return owners
 
 
-def choose_slots(model, columns, requests, kept=None):
+def choose_slots(model, columns, requests, reusable=0):
     """As many slots as half the free memory holds, up to where more stop paying (measured by
-    `tests/benchmark.py generation`). kept: a cache whose memory is ours to use again."""
+    `tests/benchmark.py generation`). reusable: bytes beyond the free ones that are ours to use,
+    such as an old cache's."""
     config = model.config.get_text_config()
-    # bytes of cache, and of logits
-    row = columns * kv_numbers(config) * model.dtype.itemsize + 16 * config.vocab_size
-    most, free = 256, free_memory(model.device)
+    cache = columns * kv_numbers(config) * model.dtype.itemsize  # bytes a slot
+    logits = 16 * config.vocab_size  # and what is computed from them
+    most = 256
+    free = free_memory(model.device) + reusable
     if model.device.type == "cuda":
         most = 512
         free += torch.cuda.memory_reserved(model.device) - torch.cuda.memory_allocated(model.device)
-    if kept is not None:  # a Cache of no layers of its own is false
-        free += sum(table.nbytes for tables in kept.tables.values() for table in tables)
-    return max(1, int(min(most, requests, free / 2 / row)))
-
-
-def longest_context(config):
-    rope = getattr(config, "rope_parameters", None) or {}
-    limit = getattr(config, "max_position_embeddings", None)
-    if rope.get("rope_type") == "longrope":  # beyond, the longest row changes all frequencies
-        limit = rope.get("original_max_position_embeddings", limit)
-    return limit
+    return max(1, int(min(most, requests, free / 2 / (cache + logits))))

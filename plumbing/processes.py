@@ -2,9 +2,10 @@
 
 import contextlib
 import os
+import time
+import warnings
 from types import MethodType
 
-import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -23,6 +24,10 @@ def several_processes():
         yield
     finally:
         dist.destroy_process_group()
+        # PyTorch's own caches keep the group, and so its threads, alive. After a collective, such a
+        # thread drops the tensors a moment later than we hear the result, and needs the interpreter
+        # for that. If the interpreter is shutting down by then, the process aborts.
+        time.sleep(0.3)
 
 
 def from_first_process(objects):
@@ -36,7 +41,7 @@ def rank():
 
 
 def many_processes():
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+    return dist.is_available() and dist.is_initialized()
 
 
 def share(items):
@@ -57,6 +62,15 @@ def all_sum(tensor):
     return tensor
 
 
+def sum_gradients(model):
+    """The sum of the processes' gradients, in place."""
+    for parameter in model.parameters():
+        if is_part(parameter.grad):
+            parameter.grad *= dist.get_world_size()  # FSDP has taken the mean
+        elif parameter.grad is not None:
+            all_sum(parameter.grad)
+
+
 def gather(items):
     """The lists of all processes' shares, put together again in the order before `share`."""
     if not many_processes():
@@ -69,18 +83,9 @@ def gather(items):
     return together
 
 
-def seed_of(*numbers):
-    """A seed for `rollout.generate` that depends on all of these numbers and on nothing else."""
-    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]) >> 2
-
-
 def is_part(tensor):
     """Is it one process's part of a tensor (FSDP's)?"""
     return hasattr(tensor, "full_tensor")
-
-
-def in_parts(model):
-    return any(map(is_part, model.parameters()))
 
 
 def whole(tensor):
@@ -107,27 +112,38 @@ def take_apart(state, like):
             state[name] = distribute_tensor(value.to(parameter.device), *where)
 
 
-def shard(model, decoder=None):
+def shard(model, dtype=None):
     """FSDP2: each process keeps a part of every weight, its gradient and its moments in Adam. A
     pass gathers a layer's weights when it comes to the layer, and forgets them behind it. model: a
-    `ValueModel`, or a policy, of which a whole copy is kept to decode with, of the dtype `decoder`.
-    Make the optimizer afterwards."""
+    policy, whose `rollout.Engine` is made before, or a `ValueModel`. The optimizer comes after.
+    dtype: of the weights that are gathered, torch.bfloat16 in a run under autocast, which would
+    cast them anyway."""
+    from torch.distributed import fsdp
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
-    from plumbing.attention import keep_copy
     from plumbing.logprobs import check_head, masked_logprobs
 
-    device = next(model.parameters()).device.type
-    mesh = init_device_mesh(device, (dist.get_world_size(),))
-    is_policy = hasattr(model, "get_output_embeddings")
-    if is_policy:
+    is_critic = not hasattr(model, "get_output_embeddings")
+    backbone = model.backbone if is_critic else model.base_model
+    how = {"mesh": init_device_mesh(backbone.device.type, (dist.get_world_size(),))}
+    if is_critic:
+        fsdp.fully_shard(model.head, **how)  # float32, always: bfloat16 has 0.996, then 1
+        # It returns views, which nobody changes in place.
+        warnings.filterwarnings("ignore", message=".*returned a view tensor")
+    else:
         check_head(model)
-        keep_copy(model, decoder)
-    names = (model if is_policy else model.backbone)._no_split_modules or ()
-    for layer in [module for module in model.modules() if type(module).__name__ in names]:
-        fully_shard(layer, mesh=mesh)
-    fully_shard(model, mesh=mesh)
-    if is_policy:  # `token_logprobs` calls backbone and head, not the model
+    if dtype is not None:
+        # Sums stay float32, as under autocast: of gradients over the processes, and of what the
+        # layers add to the embeddings.
+        how["mp_policy"] = fsdp.MixedPrecisionPolicy(
+            param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
+        )
+        backbone.get_input_embeddings().register_forward_hook(lambda *call: call[-1].float())
+    layers = backbone._no_split_modules or ()  # names of classes
+    for module in list(model.modules()):
+        if type(module).__name__ in layers:
+            fsdp.fully_shard(module, **how)
+    fsdp.fully_shard(model, **how)
+    if not is_critic:  # `token_logprobs` calls backbone and head, not the model
         model.logprobs_in_parts = MethodType(masked_logprobs, model)
-        register_fsdp_forward_method(model, "logprobs_in_parts")
+        fsdp.register_fsdp_forward_method(model, "logprobs_in_parts")

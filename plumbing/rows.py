@@ -1,4 +1,4 @@
-"""Rows of data sets, wherever they lie, as questions: files, folders, the hub; fields; dialogues.
+"""Rows of data files as questions: what they call their parts, and what of it is wrong.
 
     {"question": "Tom has 3 apples and buys 4. How many now?", "answer": "3 + 4 = 7\\n#### 7"}
 
@@ -6,31 +6,127 @@ becomes question, answer 7, and a solution in the form in which a response shoul
 not understood is a ValueError that names file and line: none is left out quietly.
 """
 
-import json
-import logging
+import math
 import re
-from pathlib import Path
+from decimal import Decimal
 
-from plumbing.answers import last_boxed, parse_number
-from plumbing.commands import first_line
+from plumbing.answers import last_boxed, parse_number, vote
+from plumbing.files import warn
 
-# What rows call their parts, the likelier name first
-QUESTION_FIELDS = ("question_concat", "question", "problem", "prompt")
-ANSWER_FIELDS = ("answer", "final_answer", "result")
-SUFFIXES = (".jsonl", ".json", ".parquet")
+# What rows call their parts, the likelier name first. A dot reaches into a field.
+USUAL = {
+    "question": """question_concat question problem prompt query instruction input sQuestion
+        messages conversations""".split(),
+    "answer": """answer final_answer result ground_truth expected_answer target lSolutions
+        reward_model.ground_truth""".split(),
+    "solution": ["solution"],
+}
+WORKED = ("output", "response", "completion")  # a solution, if it comes to the answer
 NUMBER = re.compile(r"[-+]?[$€£]?\s?(\d[\d,]*)?\.?\d+(\s?/\s?\d+)?\s?%?")
+UNIT = re.compile(r"\s*\((?!mod)[A-Za-z][\w\s.,'/-]*\)$")  # ASDiv's: 9 (apples)
+NOTE = re.compile(r"<<([^<>\n]*)>>")  # GSM8K's, for a calculator: 16-3=<<16-3=13>>13
+FEW = 0.05  # if fewer of the answers are no numbers, these are likely mistakes
 
 
-def parse_rows(rows, kind, fields):
-    """rows: [(where, row)] -> a dict of `data.Question`'s fields each, but the prompt. kind None:
-    'number' if all of the answers are numbers, else 'math'."""
-    parsed = [parse_row(where, row, fields) for where, row in rows]
-    odd = [i for i, row in enumerate(parsed) if not is_number(row["answer"])]
+def parse_rows(rows, kind, fields, notes):
+    """rows: [(where, row)] -> a dict of `data.Question`'s fields each, but the prompt. kind: of a
+    data set that has a name. None: 'number' if all of the answers are numbers, else 'math'."""
+    names = dict(USUAL)
+    for part, name in fields.items():
+        if name:  # it may be meant for another data set than one whose fields are known
+            names[part] = [name, *USUAL[part]] if kind else [name]
+    parsed, odd, conflicts = [], [], []
+    seen = {}  # question -> its answer, and the text that says where it stands
+    for where, row in rows:
+        row = parse_row(where, row, names, notes)
+        parsed.append(row)
+        said = f"{where}: the answer {row['answer'][:40]!r}"
+        if not is_number(row["answer"]):
+            odd.append(said)
+        answer, first = seen.setdefault(row["question"], (row["answer"], said))
+        if vote(answer) != vote(row["answer"]):
+            conflicts.append(f"{first}, {said}")
+
     if odd and kind == "number":
-        where, answer = rows[odd[0]][0], parsed[odd[0]]["answer"]
-        raise ValueError(f"{where}: the answer {answer[:40]!r} is not a number")
-    kind = kind or ("math" if odd else "number")
+        way_out = "mend it, or give the file's path as --dataset, and all are graded as LaTeX"
+        raise ValueError(f"{odd[0]} is not a number: {way_out}")
+    if odd and kind is None and len(odd) < FEW * len(rows):
+        few = f"{len(odd)} of {len(rows)} answers are no numbers ({odd[0]})"
+        warn(f"{few}: all are graded as LaTeX")
+    if conflicts:
+        warn(f"{len(conflicts)} questions come twice, with different answers ({conflicts[0]})")
+    without = sum(row["solution"] is None for row in parsed)
+    if notes and without:
+        warn(f"{without} of {len(rows)} questions have no calculator notes that end in the answer")
+    kind = kind or ("math" if odd else "number")  # one for all
     return [{**row, "kind": kind} for row in parsed]
+
+
+def parse_row(where, row, names, notes):
+    """{question, answer, solution, level} of a row. names: {part: fields in which it may stand}."""
+    if isinstance(row, list):  # Open-Reasoner-Zero's rows are a dialogue and nothing else
+        row = {"messages": row}
+    if not isinstance(row, dict):
+        raise ValueError(f"{where}: neither a JSON object nor a dialogue but {str(row)[:40]!r}")
+
+    # --- Find the parts.
+    row = flat(row)
+    question = find(row, names["question"])
+    if isinstance(question, list):
+        question, reply = in_dialogue(question)
+        row = reply | row
+    solution = find(row, names["solution"])
+    if isinstance(solution, list):  # OlympiadBench's: several; the first will do
+        solution = solution[0]
+    worked = find(row, WORKED)
+    answer = find(row, names["answer"])
+    answer = result(solution) or result(worked) if answer is None else as_text(answer)
+    if is_text(answer) and "####" in answer:  # GSM8K has the solution there, too
+        solution = answer
+        answer = result(answer)
+
+    # --- Check them.
+    for part, text in (("question", question), ("answer", answer)):
+        if not is_text(text):
+            there = ", ".join(row)[:200] or "none"
+            missing = f"no usable {part} in a field {' or '.join(names[part])}"
+            way_out = f"the row's fields are {there}: name one with --{part}_field"
+            raise ValueError(f"{where}: {missing}; {way_out}")
+    if solution is not None and not is_text(solution):
+        raise ValueError(f"{where}: the field 'solution' must be text, not {str(solution)[:40]!r}")
+    level = find(row, ["level"])
+    if isinstance(level, float) and level.is_integer():  # pandas writes 3.0 where some have none
+        level = int(level)
+    if not isinstance(level, (str, int, type(None))):
+        raise ValueError(f"{where}: the level {level!r} is neither text nor a whole number")
+
+    # --- Bring them into one form.
+    more = row.get("input")
+    if question == row.get("instruction") and is_text(more):  # Alpaca
+        question += f"\n\n{more}"
+    for name, join in (("context", "\n"), ("body", " ")):  # OlympiadBench; SVAMP, ASDiv
+        before = row.get(name)
+        if is_text(before) and before.strip() not in question:  # in question_concat it is
+            question = before.strip() + join + question.strip()
+    answer = answer.strip()
+    if is_number(UNIT.sub("", answer)):
+        answer = UNIT.sub("", answer)
+
+    if solution is None and result(worked) and vote(result(worked)) == vote(answer):
+        solution = worked
+    if solution and notes:
+        steps = NOTE.findall(solution)
+        last = steps[-1].rpartition("=")[2] if steps else ""
+        solution = "\n".join(steps) if vote(last) == vote(answer) else None
+    elif solution and "####" in solution:
+        solution = NOTE.sub("", solution)
+    if solution:
+        # A space joins it to "Solution:", not a newline: a BPE word token carries its leading
+        # space, and a newline would make the first step of every response an empty line.
+        solution = " " + solution.strip()
+        if "####" not in solution and "\\boxed" not in solution:  # where the grader looks
+            solution += f"\n#### {answer}"
+    return {"question": question.strip(), "answer": answer, "solution": solution, "level": level}
 
 
 def is_number(answer):
@@ -38,157 +134,65 @@ def is_number(answer):
     return bool(NUMBER.fullmatch(answer)) and parse_number(answer) is not None
 
 
-def parse_row(where, row, fields):
-    """A row, checked: {question, answer, solution, level}."""
-    row = undialogue(row)
-    if not isinstance(row, dict):
-        raise ValueError(f"{where}: neither a JSON object nor a dialogue but {str(row)[:40]!r}")
-    text = find(row, [fields.get("question"), *QUESTION_FIELDS])
-    answer = find(row, [fields.get("answer"), *ANSWER_FIELDS])
-    solution = find(row, [fields.get("solution"), "solution"])
-    if isinstance(answer, list):
-        answer = ", ".join(map(str, answer))
-    if isinstance(answer, (int, float)) and not isinstance(answer, bool):
-        answer = str(answer)
-    if isinstance(solution, list) and solution:
-        solution = solution[0]
-    if answer is None and isinstance(solution, str):
-        answer = last_boxed(solution)
-    if not is_text(text):
-        raise ValueError(f"{where}: no text in a field 'question' (or 'problem', 'prompt')")
-    if not is_text(answer) or not answer.rpartition("####")[2].strip():
-        raise ValueError(f"{where}: no text or number in a field 'answer'")
-    level = row.get("level")
-    if not (is_text(solution or "-") and isinstance(level, (str, int, type(None)))):
-        raise ValueError(
-            f"{where}: the field 'solution' must be text, and 'level' text or a whole number"
-        )
-    if "####" in answer:  # GSM8K has the solution there, too
-        solution = re.sub(r"<<[^<>\n]*>>", "", answer)  # no calculator notes: 16-3=$<<16-3=13>>13
-    answer = answer.rpartition("####")[2].strip()
-    if isinstance(row.get("context"), str):  # OlympiadBench
-        text = f"{row['context']}\n{text}"
-    solution = solution and as_response(solution.strip(), answer)
-    return {"question": text.strip(), "answer": answer, "solution": solution, "level": level}
-
-
-def as_response(solution, answer):
-    """A solution as it follows the prompt. A space joins it to "Solution:", not a newline: a BPE
-    word token carries its leading space, and a newline would make the first step of every response
-    an empty line. It must say its answer where the grader looks."""
-    if "####" not in solution and "\\boxed" not in solution:
-        solution += f"\n#### {answer}"
-    return " " + solution
+def flat(row, prefix=""):
+    """{"A": {"b": 1}} -> {"a.b": 1}"""
+    fields = {}
+    for key, value in row.items() if isinstance(row, dict) else ():
+        if isinstance(value, dict):
+            fields |= flat(value, f"{prefix}{key}.")
+        else:
+            fields[f"{prefix}{key}".lower()] = value
+    return fields
 
 
 def find(row, names):
-    """The first of these fields that the row has, whatever its case."""
-    row = {key.lower(): value for key, value in row.items()}
-    there = [row[name.lower()] for name in names if name and name.lower() in row]
-    return next((value for value in there if value not in (None, "", [])), None)
+    """The first of these fields that the (flat) row has and that is not empty."""
+    for name in names:
+        value = row.get(name.lower())
+        if value not in (None, "", []) and value == value:  # not NaN, pandas' word for nothing
+            return value
+    return None
 
 
 def is_text(value):
-    """A string with something in it, and no half of a character."""
-    if not isinstance(value, str) or not value.strip():
-        return False
-    return not any("\ud800" <= char <= "\udfff" for char in value)
+    """A string with something in it, no half of a character, and not pandas' word for nothing."""
+    empty = not isinstance(value, str) or value.strip().lower() in ("", "nan")
+    return not empty and not re.search("[\ud800-\udfff]", value)
 
 
-def undialogue(row):
-    """Open-Reasoner-Zero's rows: a dialogue [human, assistant], or one as the field `prompt`."""
-    try:
-        if isinstance(row, list):
-            human, assistant = row
-            return {"question": human["value"], "answer": assistant["ground_truth"]["value"]}
-        if isinstance(row["prompt"], list):
-            return {**row, "prompt": row["prompt"][-1]["value"]}
-    except (KeyError, IndexError, TypeError, ValueError):
-        return row if isinstance(row, dict) and not isinstance(row.get("prompt"), list) else None
-    return row
+def as_text(answer):
+    """A number, or a list of answers, as text; no text for anything else."""
+    if isinstance(answer, list):
+        parts = [as_text(part) for part in answer]
+        return ", ".join(parts) if all(map(is_text, parts)) else None
+    if type(answer) in (int, float, Decimal):  # no bool
+        return str(answer) if math.isfinite(answer) else None
+    return answer
 
 
-def rows_of(name, known, split, data_dir, alone):
-    """([(where, row), ...], does it still have to be split?) of a data set. known: its entry in
-    `data.DATASETS`, or None. alone: no other is asked for, so that data_dir/train.jsonl can only be
-    its own."""
-    path = Path(name)
-    if path.is_dir():
-        return first_file(path, [split]), False
-    if not known and not is_hub_id(name):
-        return read_rows(path), True
-    hub_id, configuration, train, test, _ = known or (name, None, "train", "test", None)
-    if data_dir is not None:
-        one_piece = not any(Path(data_dir, f"{name}/{split}{end}").exists() for end in SUFFIXES)
-        one_piece = one_piece and any(Path(data_dir, name + end).exists() for end in SUFFIXES)
-        stems = [f"{name}/{split}", name] + [split] * alone
-        return first_file(Path(data_dir), stems), one_piece and train is not None
-    source = train if split == "train" else test
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it would bury our one line
-    try:
-        if source.endswith(".json"):  # a file that `datasets` cannot read
-            from huggingface_hub import hf_hub_download
-
-            return read_rows(Path(hf_hub_download(hub_id, source, repo_type="dataset"))), True
-        from datasets import load_dataset  # here: slow to import
-
-        rows = load_dataset(hub_id, configuration, split=source)
-    except Exception as error:  # offline, a proxy, a full disk: one way out for all
-        raise ValueError(
-            f"cannot get {hub_id} from the hub ({first_line(error)}): give --data-dir a folder "
-            f"with {name}/train.jsonl and {name}/test.jsonl, and --model a local folder"
-        ) from error
-    return [(f"{hub_id} {source}, row {i}", row) for i, row in enumerate(rows)], train == test
+def result(text):
+    """What a worked text comes to; None if it does not say so."""
+    if not is_text(text):
+        return None
+    if "####" in text:
+        return text.rpartition("####")[2].strip()
+    says = re.findall(r"answer is:?\s*(.+?)\.?\s*$", text, re.IGNORECASE | re.MULTILINE)
+    bare = text.strip() if is_number(text.strip()) else None
+    return last_boxed(text) or (says[-1] if says else bare)
 
 
-def first_file(folder, stems):
-    """The rows of the first of these files that is in the folder."""
-    paths = [folder / (stem + suffix) for stem in stems for suffix in SUFFIXES]
-    for path in paths:
-        if path.exists():
-            return read_rows(path)
-    names = " or ".join(stems)
-    raise ValueError(f"{folder} has no {names} ({', '.join(SUFFIXES)}): put one there")
-
-
-def is_hub_id(name):
-    """OWNER/NAME, and no path that is there or looks like a file."""
-    path = Path(name)
-    owner_and_name = re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name)
-    return bool(owner_and_name) and not path.exists() and path.suffix not in SUFFIXES
-
-
-def read_rows(path):
-    """[('FILE, line 3', row), ...] of a .jsonl, .json or .parquet file. ValueError names file and
-    line."""
-    try:
-        if path.suffix == ".parquet":
-            from pyarrow import parquet
-
-            rows = parquet.read_table(path).to_pylist()
-            return [(f"{path}, row {i}", row) for i, row in enumerate(rows)]
-        content = path.read_bytes()
-    except (OSError, ValueError) as error:
-        raise ValueError(f"cannot read {path}: {first_line(error)}") from error
-    if path.suffix == ".json":
-        rows = parse_json(f"{path}", content)
-        if not isinstance(rows, list):
-            raise ValueError(f"{path}: not a JSON list but {str(rows)[:40]!r}")
-        return [(f"{path}, entry {i}", row) for i, row in enumerate(rows)]
-    rows = []
-    for number, line in enumerate(content.split(b"\n"), 1):
-        if line.strip():
-            where = f"{path}, line {number}"
-            rows.append((where, parse_json(where, line)))
-            if not isinstance(rows[-1][1], dict):
-                raise ValueError(f"{where}: not a JSON object but {str(rows[-1][1])[:40]!r}")
-    if not rows:
-        raise ValueError(f"{path} is empty: it needs one JSON object a line")
-    return rows
-
-
-def parse_json(where, content):
-    try:
-        return json.loads(content)
-    except (ValueError, RecursionError) as error:  # bad JSON, bad UTF-8, a number of 10,000 digits
-        raise ValueError(f"{where}: not JSON ({first_line(error)})") from error
+def in_dialogue(turns):
+    """(question, {field: reply}) of a dialogue of turns: role and content, or from and value. None
+    for a question where there are several: each would need those before it."""
+    questions, reply = [], {}
+    for turn in map(flat, turns):
+        content = find(turn, ["content", "value"])
+        if isinstance(content, list):  # parts: all text, or nothing
+            texts = [flat(part).get("text") for part in content]
+            content = "".join(texts) if all(map(is_text, texts)) else None
+        speaker = find(turn, ["role", "from"])
+        if speaker in ("user", "human"):
+            questions.append(content)
+        if speaker in ("assistant", "gpt"):
+            reply = {"output": content, "answer": turn.get("ground_truth.value")}
+    return (questions[0] if len(questions) == 1 else None), reply

@@ -21,6 +21,7 @@ import tempfile
 import time
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 ROOT = Path(__file__).resolve().parent.parent
@@ -86,13 +87,14 @@ def generation(args):
     prompts = [p for p in prompts for _ in range(args.n)]
     drawn = np.minimum(rng.geometric(min(1, 3 / longest), len(prompts)), longest)
     lengths = np.ceil(left * drawn).astype(int).tolist()
-    whole, stats = rollout.plan, {}
+    engine = rollout.Engine(model, slots=args.slots)
+    whole = rollout.plan
 
     def ours(plan=whole):
         rollout.plan = plan
-        stats.clear()
-        how = {"slots": args.slots, "seed": 0, "stats": stats, "stop_ids": [never]}
-        rollout.generate(model, prompts, max_new_tokens=lengths, **how)
+        stats = {}
+        how = {"seed": 0, "stats": stats, "stop_ids": [never]}
+        engine.generate(prompts, max_new_tokens=lengths, **how)
         return stats["slot_steps"]
 
     def one_by_one(requests):  # no forward is shared
@@ -181,13 +183,14 @@ def nucleus(args):
     import rollout
 
     def ours(logits, how):
-        rollout.sample(logits, torch.full((len(logits),), 0.5, device=logits.device), how)
+        uniform = torch.full((len(logits), 1), 0.5, device=logits.device)
+        rollout.draw_tokens(logits, uniform, how)
 
     def by_sorting(logits, how):
         filtered = TopPLogitsWarper(how.top_p)(None, logits)
         filtered.softmax(-1).multinomial(1)
 
-    plain, truncated = (rollout.Sampling(1.0, top_p, 0, 0, {0}) for top_p in (1.0, 0.9))
+    plain, truncated = (rollout.Sampling(1.0, top_p, 0, {0}) for top_p in (1.0, 0.9))
     contenders = {"ours": (ours, truncated), "ours, top-p 1": (ours, plain)}
     contenders["sorting"] = by_sorting, truncated
     for vocab, (name, scale) in itertools.product((4096, 151936), (("peaked", 8), ("flat", 1))):
@@ -236,7 +239,7 @@ def measure(args):
     import torch
     from transformers import AutoModelForCausalLM, Qwen2Config
 
-    import ppo
+    from plumbing import logprobs
 
     heads = {"num_attention_heads": max(1, args.width // 64)}
     heads["num_key_value_heads"] = max(1, args.width // 448)
@@ -257,11 +260,11 @@ def measure(args):
         return model.base_model(tokens[:, :-1], use_cache=False).last_hidden_state.float()
 
     passes = {"plain": plain, "backbone": backbone}
-    passes["ours"] = lambda: ppo.token_logprobs(model, tokens)
+    passes["ours"] = lambda: logprobs.token_logprobs(model, tokens)
 
     def run(name):
         start = time.perf_counter()
-        with ppo.mixed_precision(model, torch.bfloat16 if args.bf16 else None):
+        with logprobs.mixed_precision(model, "bfloat16" if args.bf16 else "float32"):
             loss = passes[name]().mean()
         loss.backward()
         model.zero_grad()
@@ -317,19 +320,24 @@ def ours(model, tokenizer, prompts, algo):
     import torch
 
     import ppo
-    from rollout import generate
+    from rollout import Engine
 
     policy = copy.deepcopy(model)
+    engine = Engine(policy)
     critic = ppo.ValueModel(policy) if algo == "ppo" else None
     models = [policy] if critic is None else [policy, critic]
     optimizer = torch.optim.AdamW([p for m in models for p in m.parameters()], lr=1e-6)
-    settings = ppo.Settings(tokens_per_microbatch=2048, minibatch=QUESTIONS * N)
+    settings = SimpleNamespace(
+        temperature=1.0, gamma=1.0, lam=1.0, clip=0.2, value_clip=0.2, kl_coef=0.0, epochs=1,
+        loss_average="token", minibatch=QUESTIONS * N, tokens_per_microbatch=2048, fsdp=False,
+        max_grad_norm=1.0, max_ratio=10.0, dtype="float32",
+    )  # fmt: skip
 
     def run(seed):
         start = time.perf_counter()
         chosen = np.random.default_rng(seed).choice(len(prompts), QUESTIONS, replace=False)
-        groups = generate(
-            policy, [prompts[i] for i in chosen], n=N, max_new_tokens=MAX_NEW, seed=seed,
+        groups = engine.generate(
+            [prompts[i] for i in chosen], n=N, max_new_tokens=MAX_NEW, seed=seed,
             stop_ids=[tokenizer.eos_token_id],
         )  # fmt: skip
         rollouts = [r for group in groups for r in group]
@@ -340,12 +348,10 @@ def ours(model, tokenizer, prompts, algo):
             scores = ppo.group_advantages(rewards, how="grpo")
             advantages = ppo.per_token(rollouts, scores.flatten())
         else:
-            advantages, values, returns = ppo.critic_advantages(
-                critic, rollouts, rewards.flatten(), settings, learn=True
-            )
+            values = ppo.rollout_values(critic, rollouts, settings)
+            advantages, returns = ppo.response_gae(values, rewards.flatten(), settings)
             advantages = ppo.whiten(advantages)
         critics = {"critic": critic, "values": values, "returns": returns}
-        critics["learned"] = critic is not None
         ppo.update(policy, optimizer, rollouts, advantages, settings, **critics)
         return time.perf_counter() - start, np.mean([len(r.response) for r in rollouts])
 
@@ -450,10 +456,9 @@ def measure_run(args):
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    import job
     import sfl
     import sft
-    from plumbing import checkpoint, memory
+    from plumbing import checkpoint, commands, memory
 
     with tempfile.TemporaryDirectory() as folder:
         tokenizer = sft.tiny_tokenizer()
@@ -467,19 +472,21 @@ def measure_run(args):
         flags += "--curriculum uniform --iterations 2 --questions 4 --rollouts 4".split()
         flags += ["--out", f"{folder}/run", "--device", "cpu", "--eval_limit", "1"]
         flags += "--max_new_tokens 256 --context 512 --tokens_per_microbatch 4096".split()
+        flags += ["--dtype", "float32"]
         settings = sfl.parse(flags)
-        reference = job.reference_dtype(settings, None)
-        said = memory.forecast(settings, LlamaForCausalLM(config), False, reference)
+        outline = memory.outline(settings.model)
+        said = memory.forecast(settings, outline, False)
         torch.zeros(1)
         status = Path("/proc/self/status").read_text()
         before = 1024 * int(status.split("VmRSS:")[1].split()[0])
         peak_memory(torch.device("cpu"), reset=True)
-        job.save = lambda run, iteration: None  # a checkpoint on its way is no part of it
+        checkpoint.save = lambda *_: None  # a checkpoint on its way is no part of it
         rng = np.random.default_rng(0)  # an untrained model is never right, and nothing to learn
-        job.evaluation.rewards = lambda tokenizer, questions, groups, **_: rng.integers(
+        sfl.evaluation.rewards = lambda tokenizer, questions, groups, **_: rng.integers(
             0, 2, (len(groups), len(groups[0]))
         ).astype(np.float32)
-        sfl.train(settings)
+        with commands.signals_wait() as signals:
+            sfl.run(settings, signals)
         return sum(said.values()), peak_memory(torch.device("cpu")) - before
 
 

@@ -30,6 +30,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 
@@ -94,7 +95,8 @@ SHARES = (0.5, 0.25, 0.08, 0.02)
 def map_of_shares(args, goal=0.8):
     """Iterations and tokens to the goal against the learnable share of the pool."""
     from matplotlib.figure import Figure
-    from report import COLORS
+
+    from plumbing.report import COLORS
 
     arms = ("uniform", "sfl", "posterior")
     folders, jobs = {}, {}
@@ -161,7 +163,8 @@ def run_and_compare(args, title, arms, before, after=""):
 CHANGED = """
 import sys
 sys.path.insert(0, {folder!r})
-import data, machine, sfl
+import data, sfl
+from plumbing import commands
 data.LEARNABLE_SHARE = {share}
 questions_of = data.load_questions
 def without_levels(*args, **settings):
@@ -216,7 +219,7 @@ def execute(jobs, workers):
 
 def curve(folder):
     """Evaluations of a run, the starting model's first: arrays of what was spent, and accuracy."""
-    import report
+    from plumbing import report
 
     before = json.loads((folder / "evaluation.json").read_text())["before"]["greedy"]["accuracy"]
     rows = report.read_run(folder)
@@ -293,7 +296,8 @@ def print_table(title, runs):
 def draw_curves(title, runs, goal, out):
     """Accuracy against iterations and tokens: mean and range of the seeds."""
     from matplotlib.figure import Figure  # not pyplot: it needs no screen
-    from report import COLORS
+
+    from plumbing.report import COLORS
 
     figure = Figure(figsize=(10, 3.8))
     axes = figure.subplots(1, 2, sharey=True)
@@ -337,9 +341,9 @@ COSTS = {
 
 def cost(args, repeats=3):
     """Seconds and tokens of an iteration from one checkpoint, on one thread, in turns."""
-    import report
+    from plumbing import report
 
-    model = checkpoint(args)
+    model = base_of(args)
     common = f"--curriculum uniform --iterations 6 --eval_limit 32 --lr 0 --model {model}".split()
     seconds, rows = {name: [] for name in COSTS}, {}
     for repeat in range(repeats):
@@ -364,7 +368,7 @@ def cost(args, repeats=3):
         print(f"| {name} | {time} | {' | '.join(f'{count:,.0f}' for count in tokens)} |")
 
 
-def checkpoint(args):
+def base_of(args):
     """The folder of the model that --model names; without it, the tiny base."""
     import sft
 
@@ -384,21 +388,23 @@ def spend(args, questions=14, k=9, truth=256):
     import eval as evaluation
     import vineppo
     from plumbing import checkpoint
-    from rollout import generate
+    from rollout import Engine
 
-    model, tokenizer = checkpoint.load_model(checkpoint(args))
+    model, tokenizer = checkpoint.load_model(base_of(args))
     levels = dict.fromkeys(data.STEPS_WANTED, 1.0)
     asked = data.arithmetic(questions, 5, levels)
     prompts, stops = data.encode_prompts(tokenizer, asked), data.stop_ids(model, tokenizer)
-    groups = generate(model, prompts, n=8, max_new_tokens=96, stop_ids=stops, seed=0)
-    rewards = evaluation.rewards(tokenizer, asked, groups)
     settings = {"max_new_tokens": 96, "stop_ids": stops}
+    engine = Engine(model)
+    groups = engine.generate(prompts, n=8, seed=0, **settings)
+    rewards = evaluation.rewards(tokenizer, asked, groups)
 
     def advantages(seed, **how):
         stats = {}
         _, values = vineppo.mc_values(
-            model, tokenizer, asked, groups, rewards, seed=seed, stats=stats, **how, **settings
-        )
+            engine, tokenizer, asked, groups, rewards, score=evaluation.rewards, seed=seed,
+            stats=stats, **how, **settings,
+        )  # fmt: skip
         pairs = zip(values, rewards.flatten())
         steps = [vineppo.step_advantages(value, float(reward)) for value, reward in pairs]
         return np.concatenate(steps), stats
@@ -420,15 +426,20 @@ def spend(args, questions=14, k=9, truth=256):
 # --------------------------------------------------------------------------- gradients
 
 
+def update_settings():
+    """What ppo.py must know to score rollouts."""
+    budget = {"tokens_per_microbatch": 4096, "fsdp": False, "dtype": "float32"}
+    return SimpleNamespace(temperature=1.0, gamma=1.0, lam=1.0, **budget)
+
+
 def gradients(args, questions=8, n=8, repeats=16, truth=4096):
     """Which way each method's gradient points: estimates from a few responses against the gradient
     of 4,096, the same questions for both; early and late in a PPO run with uniform questions."""
-    import report
     from matplotlib.figure import Figure
 
     import data
     import sft
-    from plumbing import checkpoint
+    from plumbing import checkpoint, report
 
     sft.tiny_base("runs/cache")
     uniform = "--algo ppo --curriculum uniform --lr 1e-4 --eval_every 1000".split()
@@ -486,22 +497,24 @@ def compare_gradients(policy, tokenizer, critic, asked, *, n, repeats, truth):
     import eval as evaluation
     import ppo
     import vineppo
-    from rollout import generate
+    from plumbing import batches
+    from rollout import Engine
 
     prompts, stops = data.encode_prompts(tokenizer, asked), data.stop_ids(policy, tokenizer)
-    settings = ppo.Settings(tokens_per_microbatch=4096)
+    settings = update_settings()
     sampling = {"max_new_tokens": 96, "stop_ids": stops}
+    engine = Engine(policy)
     zero = torch.zeros(sum(w.numel() for w in policy.parameters())).double()
 
     def attempt(n, seed):
-        groups = generate(policy, prompts, n=n, seed=seed, **sampling)
+        groups = engine.generate(prompts, n=n, seed=seed, **sampling)
         return groups, evaluation.rewards(tokenizer, asked, groups)
 
     def gradient(rollouts, advantages):
         """d/d theta of the sum over tokens of A log pi, a response's mean, flat."""
         policy.zero_grad()
         some = [i for i in range(len(rollouts)) if advantages[i].any()]
-        for batch in ppo.microbatches(rollouts, settings.tokens_per_microbatch, some):
+        for batch in batches.microbatches(rollouts, settings.tokens_per_microbatch, some):
             logprobs = ppo.response_logprobs(policy, [rollouts[i] for i in batch], settings)
             advantage = torch.cat([torch.as_tensor(advantages[i]) for i in batch])
             ((advantage * logprobs).sum() / len(rollouts)).backward()
@@ -526,23 +539,18 @@ def compare_gradients(policy, tokenizer, critic, asked, *, n, repeats, truth):
             "grpo": group_baseline(groups, rewards, "grpo"),
             "rloo": group_baseline(groups, rewards, "rloo"),
         }
-        advantages, _, _ = ppo.critic_advantages(critic, rollouts, rewards.flatten(), settings)
+        values = ppo.rollout_values(critic, rollouts, settings)
+        advantages, _ = ppo.response_gae(values, rewards.flatten(), settings)
         estimates["ppo"] = gradient(rollouts, advantages)
         more, more_rewards = attempt(8 * n, 1000 + repeat)
         estimates["grpo, 8 x the responses"] = group_baseline(more, more_rewards, "grpo")
         spent.setdefault("grpo, 8 x the responses", []).append(8 * n * len(asked))
         for spend, k in (("all", 9), ("bisect", 9)):
-            advantages, stats = vineppo.mc_advantages(
-                policy,
-                tokenizer,
-                asked,
-                groups,
-                rewards,
-                mc_rollouts=k,
-                spend=spend,
-                seed=100 + repeat,
-                **sampling,
-            )
+            stats = {}
+            advantages = vineppo.mc_advantages(
+                engine, tokenizer, asked, groups, rewards, score=evaluation.rewards,
+                mc_rollouts=k, spend=spend, seed=100 + repeat, stats=stats, **sampling,
+            )  # fmt: skip
             name = "vineppo" + (", bisect" if spend == "bisect" else "")
             estimates[name] = gradient(rollouts, advantages)
             spent.setdefault(name, []).append(stats["mc_rollouts"] + len(rollouts))
@@ -558,7 +566,7 @@ def compare_gradients(policy, tokenizer, critic, asked, *, n, repeats, truth):
             "noise": square.mean() / along.mean() ** 2 - 1,
             "spent": np.mean(spent.get(name, n * len(asked))),
         }
-    return table, success.mean(), length
+    return table, float(success.mean()), length
 
 
 # --------------------------------------------------------------------------- learners, parity
@@ -587,7 +595,7 @@ def learners(args, k=64, limit=70):
             jobs[folder] = [*flags, *args.flags, "--seed", str(seed)]
             folders.setdefault(f"{algo}, {name}", []).append(folder)
     execute(jobs, args.workers)
-    folders = {"the start": [checkpoint(args)], **folders}
+    folders = {"the start": [base_of(args)], **folders}
     folders["sft goes on"] = [sft_goes_on(args, seed) for seed in range(args.seeds)]
     results = {name: [passes(run, k, limit) for run in runs] for name, runs in folders.items()}
     runs = {name: [curve(run) for run in folders[name]] for name in list(folders)[1:-1]}
@@ -607,7 +615,6 @@ def learners(args, k=64, limit=70):
 
 def sft_goes_on(args, seed, steps=200):
     """The folder of the base model with more of the demonstrations it was made with."""
-    from functools import partial
 
     import data
     import sft
@@ -617,11 +624,12 @@ def sft_goes_on(args, seed, steps=200):
     if not folder.exists():
         model, tokenizer = checkpoint.load_model(sft.tiny_base("runs/cache"))
         chains = sft.demonstrated_chains(random.Random(seed))
-        texts = sft.hurried(chains, sft.TINY["stages"][-1][-1])
+        hurry, hurry_rng = sft.TINY["stages"][-1][-1], random.Random(sft.TINY["seed"])
+        texts = [data.solve(chain, hurry, hurry_rng) for chain in chains]
         questions = [data.worked(chain) for chain in chains]
         examples = sft.demonstrations(tokenizer, questions, texts)
-        draw = partial(sft.draw_batch, examples, 96, np.random.default_rng(seed))
-        sft.train(model, draw, steps=steps, lr=1e-3)
+        drawn = np.random.default_rng(seed).integers(0, len(examples), (steps, 96))
+        sft.train(model, [[examples[i] for i in batch] for batch in drawn], lr=1e-3)
         checkpoint.save_model(model, tokenizer, folder)
     return folder
 
@@ -649,7 +657,8 @@ def passes(run, k, limit):
 def draw_learners(results, runs, k, out):
     """pass@k curves of the final models, and accuracy against samples."""
     from matplotlib.figure import Figure
-    from report import COLORS
+
+    from plumbing.report import COLORS
 
     figure = Figure(figsize=(10, 3.8))
     axes = figure.subplots(1, 2)
@@ -685,7 +694,8 @@ P_COTS = ("0.05", "0.1", "0.2", "0.4")
 def parity(args, iterations=60):
     """RL after next-token prediction (arXiv 2510.11495): accuracy and length as RL goes on."""
     from matplotlib.figure import Figure
-    from report import COLORS, read_run
+
+    from plumbing.report import COLORS, read_run
 
     folders, jobs = {}, {}
     for share, seed in itertools.product(P_COTS, range(args.seeds)):
@@ -735,7 +745,7 @@ def theory(args):
     question's learnability."""
     from matplotlib.figure import Figure
 
-    learnability, gain, level = improvements(checkpoint(args))
+    learnability, gain, level = improvements(base_of(args))
     figure = Figure(figsize=(4.8, 3.6))
     ax = figure.subplots()
     several = level > 1
@@ -780,17 +790,18 @@ def improvements(model, questions=72, rollouts=384, lr=0.0003, seed=0):
     import eval as evaluation
     import ppo
     import sfl
-    from plumbing import checkpoint
-    from rollout import generate
+    from plumbing import batches, checkpoint
+    from rollout import Engine
 
     policy, tokenizer = checkpoint.load_model(model)
+    engine = Engine(policy)
     pool = data.load_questions("arithmetic", "train", limit=600, seed=seed)
     prompts, stops = data.encode_prompts(tokenizer, pool), data.stop_ids(policy, tokenizer)
-    settings = ppo.Settings(tokens_per_microbatch=4096)
+    settings = update_settings()
 
     def attempt(indices, n, seed):
         chosen = [prompts[i] for i in indices]
-        groups = generate(policy, chosen, n=n, max_new_tokens=96, stop_ids=stops, seed=seed)
+        groups = engine.generate(chosen, n=n, max_new_tokens=96, stop_ids=stops, seed=seed)
         return groups, evaluation.rewards(tokenizer, [pool[i] for i in indices], groups)
 
     def log_probability(group):  # of each response: the sum over its tokens
@@ -811,7 +822,7 @@ def improvements(model, questions=72, rollouts=384, lr=0.0003, seed=0):
         p = np.concatenate([reward, others_reward]).mean()
         policy.zero_grad()
         advantages = ppo.per_token(group, reward - reward.mean())
-        for batch in ppo.microbatches(group, settings.tokens_per_microbatch):
+        for batch in batches.microbatches(group, settings.tokens_per_microbatch):
             logprobs = ppo.response_logprobs(policy, [group[j] for j in batch], settings)
             advantage = torch.cat([advantages[j] for j in batch])
             (-(advantage * logprobs).sum() / rollouts).backward()
@@ -865,9 +876,11 @@ def values(args):
     critic = load_critic(run, model) if config else None
     prompts = data.encode_prompts(tokenizer, questions, chat=args.chat)
     names = ("attempts", "states", "alternatives", "truth", "mc_rollouts", "max_new_tokens")
-    names += ("temperature", "top_p", "engine", "seed")
+    names += ("temperature", "top_p", "seed")
     settings = {name: getattr(args, name) for name in names}
-    settings["style"] = args.steps or ("math" if questions[0].kind == "math" else "lines")
+    settings["style"] = args.steps
+    if args.steps in (None, "auto"):
+        settings["style"] = "math" if questions[0].kind == "math" else "lines"
     settings["stop_ids"] = data.stop_ids(model, tokenizer)
     true, table = compare_values(
         model, tokenizer, questions, prompts, critic=critic, progress=True, **settings
@@ -996,15 +1009,20 @@ def compare_values(
     """Values by `truth` rollouts against those by K others, and the critic's. Returns the true
     values (states,), and a dict: estimator -> its values (states,), correlation, mean absolute
     error, share of right rankings, pairs."""
+    import eval as evaluation
     import ppo
+    import rollout
     import vineppo
 
+    engine = rollout.Engine(model)
     generation |= {"max_new_tokens": max_new_tokens, "seed": seed}
     points, families = sample_states(
         model, tokenizer, questions, prompts, attempts=attempts, states=states,
         alternatives=alternatives, style=style, **generation,
     )  # fmt: skip
-    rewards = vineppo.state_rewards(model, tokenizer, points, n=truth + mc_rollouts, **generation)
+    rewards = vineppo.state_rewards(
+        engine, tokenizer, points, n=truth + mc_rollouts, score=evaluation.rewards, **generation
+    )
     rewards = np.array(rewards)  # (points, truth + K): no rollout is in both
     true, fresh = rewards[:, :truth].mean(1), rewards[:, truth:]
     standard_error = rewards[:, :truth].std(1) / truth**0.5
@@ -1013,7 +1031,7 @@ def compare_values(
     if critic is not None:
         rollouts = [r for _, r, _ in points]
         # one value a token: of the state in which it was chosen
-        token_values = ppo.rollout_values(critic, rollouts, ppo.Settings())
+        token_values = ppo.rollout_values(critic, rollouts, update_settings())
         of_points = [float(v[start]) for v, (_, _, start) in zip(token_values, points)]
         estimates["critic"] = np.array(of_points)
     table, count = {}, len(families)
@@ -1081,7 +1099,6 @@ def add_values_flags(add):
     add("--mc_rollouts", type=int, default=9, help="rollouts that make an estimate (9)")
     add("--alternatives", type=int, default=5, help="next steps from each state, to be ranked (5)")
     add("--split", default="test", help="of the questions the states come from (test)")
-    add("--engine", default="slots", help="slots, or hf: generate through model.generate")
     add("--device", default="auto", help="auto, cpu, cuda or mps")
     add("--seed", type=int, default=0)
     add("--out", default="values.png", help="the scatter plot (values.png)")

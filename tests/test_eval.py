@@ -12,13 +12,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT, read_rows
+from conftest import ROOT, read_rows, write_rows
 
 import data
 import eval as evaluation
-from data import Question, arithmetic, load_questions
+from data import PLAIN_PROMPT, Question, arithmetic, load_questions
 from eval import evaluate, final_answer, grade, majority, pass_at_k, rewards
-from plumbing import answers, report
+from plumbing import answers, checkpoint, commands, report
 from rollout import Rollout
 
 # --------------------------------------------------------------------------- responses
@@ -37,7 +37,12 @@ RIGHT = [
     "#### \\boxed{18}", "the answer is **18**.", "#### 5\n#### 18", "\\boxed{5} no, \\boxed{18}",
     "The answer is 5.\n#### 18", "#### Step 1: add 5\n#### Step 2\n\\boxed{18}",
     "#### 18\n#### Done", "The answer is 18.\n####", "\\boxed{18} and \\boxed{",
-    "The answer is 18.\nThe answer is not 5.",
+    "The answer is 18.\nThe answer is not 5.", "so \\boxed 18.", "$\\boxed 18$",
+    "<answer>18</answer>",
+    "The final answer is:\n\\[\n18\n\\]", "The answer is *18*.", "The answer is `18`.",
+    "#### 18 🎉",
+    "The answer is 18 — as required.", "#### 18 -- done", "#### １８", "#### 1.8 \\times 10^1",
+    "\\boxed{18}. The answer is in lowest terms.", "#### 18 N",
 ]
 WRONG = [
     "the answer is: $18.50, no", "#### 18\n#### 5", "\\boxed{18}, \\boxed{5}", "18", "",
@@ -46,7 +51,9 @@ WRONG = [
     "\\boxed{18, 19}", "\\boxed{18^2}", "#### 18:30", "#### 0x12",
     "the answer is 18 because 3*6=18 and 2+2=4", "\\boxed{18", "answer 18",
     "#### 18000" + "0" * 400, "####" + " " * 297 + "1800", "#### " + "0" * 400 + "18",
-    "#### " + "x" * 295 + " 18.5",
+    "#### " + "x" * 295 + " 18.5", "#### 18 — or 5", "<answer>18 or 5</answer>", "#### 2x+1=18",
+    "\\boxed{x^2=18}", "\\boxed 1 8", "The answer is \\[18\\] or \\[5\\]",
+    "\\boxed{18} \\boxed 5",
 ]
 # fmt: on
 
@@ -150,7 +157,7 @@ def test_fuzzed_grading_neither_raises_nor_hangs(monkeypatch):
     pytest.importorskip("math_verify")
     hypothesis = pytest.importorskip("hypothesis")
     given, text = hypothesis.given, hypothesis.strategies.text
-    monkeypatch.setattr(answers, "JUDGE_SECONDS", 2)
+    monkeypatch.setattr(answers, "JUDGE_SECONDS", 1)
     questions = [number("18"), Question("", "x+1", kind="math"), Question("", "[0,1)", kind="math")]
     pieces = hypothesis.strategies.lists(
         hypothesis.strategies.sampled_from(
@@ -158,7 +165,7 @@ def test_fuzzed_grading_neither_raises_nor_hangs(monkeypatch):
         )
     )
 
-    @hypothesis.settings(max_examples=150, deadline=None, derandomize=True)
+    @hypothesis.settings(max_examples=60, deadline=None, derandomize=True)
     @given(text(max_size=80) | pieces.map("".join))
     def check(answer):
         for question in questions:
@@ -225,6 +232,8 @@ def counted(monkeypatch, tiny, tokenizer):
             groups.append([])
             for j in range(4):
                 text = f"#### {question.answer if j < right else wrong}"
+                if (question, j) == (questions[1], 3):
+                    text = f"={question.answer}"  # right, but not marked
                 finished = (question, j) != (questions[0], 0)
                 stop = [tokenizer.eos_token_id] * finished
                 response = data.encode_response(tokenizer, text) + stop
@@ -239,7 +248,7 @@ def counted(monkeypatch, tiny, tokenizer):
     "name, values",
     [
         ("accuracy", [3 / 4, 1 / 4, 2 / 4]),
-        ("mean_accuracy", [3 / 4, 1 / 4, 2 / 4]),
+        ("accuracy_lenient", [3 / 4, 2 / 4, 2 / 4]),
         ("pass@1", [3 / 4, 1 / 4, 2 / 4]),
         ("pass@2", [1, 1 / 2, 5 / 6]),
         ("pass@4", [1, 1, 1]),
@@ -274,8 +283,15 @@ def test_table(counted):
     assert len({len(line) for line in lines[1:4]}) == 1  # columns
     assert lines[0].split() == ["level", "questions", "before", "after"]
     assert lines[1].split()[:3] == ["all", "3", "0.500"]
+    assert any(line.split()[:3] == ["last", "number", "0.583"] for line in lines)
+
+
+def test_only_the_last_column_of_a_table_has_several_samples(counted):
+    _, result = counted
+    greedy = {name: value for name, value in result.items() if "@" not in name}
+    lines = report.table({"greedy": greedy, "mean of 4": result}).split("\n")
     (majority,) = [line for line in lines if line.startswith("maj@4")]
-    assert len(majority) == len(lines[1]) and majority.count("±") == 1  # of the last column
+    assert len(majority) == len(lines[1]) and majority.count("±") == 1
 
 
 def test_evaluate_with_the_engine(tiny, tokenizer):
@@ -304,7 +320,37 @@ def test_evaluate_refuses(tiny, tokenizer, count, settings, message):
         evaluate(tiny, tokenizer, questions, **settings)
 
 
+def test_latex_is_not_compared_again_to_be_lenient(tiny, tokenizer, monkeypatch):
+    asked = []
+
+    def rewards(tokenizer, questions, groups, **how):
+        asked.append(([question.kind for question in questions], how["last_number"]))
+        return np.zeros((len(questions), 1), np.float32)
+
+    monkeypatch.setattr(evaluation, "rewards", rewards)
+    for kind in ("number", "math"):
+        result = evaluate(tiny, tokenizer, [Question("1+1\n", "2", kind=kind)], max_new_tokens=1)
+    assert asked == [(["number"], False), (["number"], True), (["math"], False)]
+    assert result["accuracy_lenient"] == result["accuracy"] == 0
+
+
+def test_evaluate_samples_with_the_engine_it_is_given(tiny, tokenizer):
+    class Engine:
+        def generate(self, prompts, **how):
+            return [[Rollout(prompt, [1], [], True)] * how["n"] for prompt in prompts]
+
+    questions = arithmetic(2, 0, {1: 1})
+    result = evaluate(tiny, tokenizer, questions, samples=3, temperature=1.0, engine=Engine())
+    assert result["response_length"] == 1 and len(result["responses"]) == 6
+
+
 # --------------------------------------------------------------------------- the command line
+
+
+def settings_for(**flags):
+    argv = [f"--{name}={value}" for name, value in flags.items()]
+    seen = commands.parse(evaluation.Settings, argv)
+    return commands.parse(evaluation.Settings, argv, evaluation.usual(seen))
 
 
 def test_command_line_evaluates(tiny_folder, tmp_path, capsys):
@@ -332,31 +378,59 @@ def test_a_runs_folder_is_evaluated_as_it_was_trained(tmp_path):
         used = {"dataset": "gsm8k", "data_dir": "d", "max_new_tokens": 77, "last_number": True}
         used |= {"chat": "off", "stop": "Q:", "question_field": "its_own"}
         file.write_text(json.dumps(used))
-    args = evaluation.settings_for({"model": str(tmp_path)})
-    assert (args.dataset, args.data_dir, args.max_new_tokens) == ("gsm8k", "d", 77)
-    assert args.last_number and args.chat == "off" and args.stop == "Q:"
-    other = evaluation.settings_for({"model": str(tmp_path), "dataset": "math500", "chat": "on"})
+    used = settings_for(model=tmp_path)
+    assert (used.dataset, used.data_dir, used.max_new_tokens) == ("gsm8k", "d", 77)
+    assert used.last_number and used.chat == "off" and used.stop == "Q:"
+    assert settings_for(model=tmp_path, max_new_tokens=9).max_new_tokens == 9
+    other = settings_for(model=tmp_path, dataset="math500", chat="on")
     assert (other.dataset, other.data_dir, other.chat) == ("math500", None, "on")
-    assert (args.question_field, other.question_field) == ("its_own", None)
+    assert (used.question_field, other.question_field) == ("its_own", None)
 
 
-def test_the_protocol_of_vineppo():
-    args = evaluation.settings_for({"model": "x", "protocol": "vineppo"})
-    assert (args.samples, args.temperature, args.top_p) == (16, 0.35, 0.9)
+def test_a_file_is_taken_whole_unless_the_run_split_it(tmp_path):
+    file = write_rows(tmp_path / "rows.jsonl", [{"question": "1+1", "answer": "2"}])
+    assert settings_for(model="x").split == settings_for(model="x", dataset=tmp_path).split
+    assert settings_for(model="x", dataset=file).split == "all"
+    assert settings_for(model="x", dataset=file, split="train").split == "train"
+    write_rows(tmp_path / "model" / "config.json", [])
+    (tmp_path / "config.json").write_text(json.dumps({"dataset": str(file)}))
+    assert settings_for(model=tmp_path).split == "test"
+    assert settings_for(model=tmp_path, dataset=file).split == "test"
+
+
+def test_nothing_but_an_evaluation_is_written_over(tiny_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "load_model", None)  # refused before it
+    data_file = write_rows(tmp_path / "rows.jsonl", [{"question": "1+1", "answer": "2"}])
+    flags = ["--model", str(tiny_folder), "--dataset", str(data_file)]
+    for flag in ("--out", "--save_samples"):
+        with pytest.raises(ValueError, match=f"^{flag} .*give another name"):
+            evaluation.main([*flags, flag, str(data_file)])
+    (tmp_path / "new").mkdir()
+    with pytest.raises(ValueError, match="--limit"):
+        evaluation.main([*flags, "--limit", "-1", "--out", str(tmp_path / "no" / "e.json")])
+    assert not (tmp_path / "no").exists() and len(read_rows(data_file)) == 1
+
+
+def test_data_dir_is_for_the_named_sets_among_several(tiny_folder, tmp_path):
+    for path in ("mine.jsonl", "svamp/train.jsonl", "svamp/test.jsonl"):
+        write_rows(tmp_path / path, [{"question": f"1+1 {path}", "answer": "2"}])
+    out = tmp_path / "out.json"
+    files = ["--dataset", f"svamp,{tmp_path / 'mine.jsonl'}", "--out", str(out)]
+    flags = ["--data-dir", str(tmp_path), "--split", "all", "--max_new_tokens", "4"]
+    evaluation.main(["--model", str(tiny_folder), *files, *flags])
+    assert len(json.loads(out.read_text())["results"]) == 2
 
 
 def test_compare_against_enumeration():
     """All 2^8 flips of the differences' signs."""
     a, b = np.array([1, 1, 1, 1, 0, 1, 0, 1]), np.array([0, 1, 0, 0, 0, 1, 1, 0])
-    first, second = ({"fingerprint": 1, "success": list(map(float, x))} for x in (a, b))
-    difference, (low, high), p = evaluation.compare(first, second)
+    first, second = ({"success": list(map(float, x))} for x in (a, b))
+    difference, (low, high), p = report.compare(first, second)
     signs = np.array(list(itertools.product((-1, 1), repeat=8)))
     extreme = np.abs(signs @ (a - b)) >= abs((a - b).sum())
     assert difference == 3 / 8 and p == pytest.approx(extreme.mean(), abs=0.02)
     assert low < difference < high and low == pytest.approx(-0.125, abs=0.13)
-    assert evaluation.compare(first, first)[2] == 1
-    with pytest.raises(ValueError, match="those were other questions"):
-        evaluation.compare(first, {**second, "fingerprint": 2})
+    assert report.compare(first, first)[2] == 1
 
 
 @pytest.mark.parametrize(
@@ -371,14 +445,64 @@ def test_compare_against_enumeration():
         ("--model x --top-p 1", "are for several samples"),
         ("--model x --data-dir y", "--data-dir y is for data sets with a name"),
         ("--model x --against nowhere", "--against nowhere: no evaluation in nowhere"),
+        ("--model x --out FOLDER", "--out FOLDER: a folder"),
+        ("--model x --out FILE/x.json", "--out FILE/x.json: cannot write in FILE"),
+        ("--model x --save_samples FOLDER", "--save_samples FOLDER: a folder"),
+        ("--model x --save_samples FILE/x", "--save_samples FILE/x: cannot write in FILE"),
+        ("--model x --dataset FOLDER", "FOLDER has no test"),
+        ("--model x --limit 9999", "cannot take 9999 questions"),
         ("--plot nowhere", "holds no metrics.jsonl"),
         ("--plot nowhere --out a.pdf", "not the name of a .png"),
     ],
 )
-def test_command_line_refuses(arguments, message):
+def test_command_line_refuses_before_it_loads_a_model(arguments, message, tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "load_model", None)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "FILE").touch()
+    (tmp_path / "FOLDER").mkdir()
     with pytest.raises(ValueError, match=re.escape(message)) as raised:
         evaluation.main(arguments.split())
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        ("--against BEFORE --limit 4 --max_new_tokens 1", "those were other questions"),
+        ("--against EMPTY --limit 5 --max_new_tokens 1", "--against holds no greedy of arithmetic"),
+        (
+            "--against BEFORE --samples 2 --limit 5 --max_new_tokens 1",
+            "--against holds no mean of 2 of arithmetic",
+        ),
+        ("--max_new_tokens 300", "no arithmetic question fits the context of 256"),
+        ("--max_new_tokens 245", "too long for the context of 256 with --max_new_tokens 245"),
+    ],
+)
+def test_command_line_refuses_before_it_samples(tiny_folder, tmp_path, monkeypatch, flags, message):
+    before = tmp_path / "before.json"
+    common = ["--model", str(tiny_folder), "--device", "cpu"]
+    first = ["--limit", "5", "--max_new_tokens", "1", "--out", str(before)]
+    evaluation.main([*common, *first])
+    monkeypatch.setattr(evaluation, "generate", None)
+    empty = tmp_path / "empty.json"
+    empty.write_text('{"results": {}}')
+    flags = flags.replace("BEFORE", str(before)).replace("EMPTY", str(empty)).split()
+    with pytest.raises(ValueError, match=message):
+        evaluation.main([*common, *flags, "--out", str(tmp_path / "after.json")])
+
+
+def test_skip_long_leaves_out_what_does_not_fit(tiny_folder, tmp_path, capsys):
+    out = tmp_path / "out.json"
+    chains = ["1+2+3+4+5+6+7+8", "1+2"]
+    rows = [{"question": chain, "answer": "3"} for chain in chains]
+    data_file = write_rows(tmp_path / "rows.jsonl", rows)
+    arguments = ["--model", tiny_folder, "--dataset", data_file, "--out", out, "--skip_long"]
+    length = len(PLAIN_PROMPT)  # a token a character, of the tiny tokenizer
+    room = 256 - length + len("{question}") - len(chains[1])
+    evaluation.main([*map(str, arguments), "--max_new_tokens", str(room)])
+    assert "left out 1 of 2" in capsys.readouterr().err
+    [results] = json.loads(out.read_text())["results"].values()
+    assert results["greedy"]["n"] == 1
 
 
 def test_program_says_one_line_and_exits_with_2(tmp_path):

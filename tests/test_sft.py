@@ -6,7 +6,7 @@ import re
 import numpy as np
 import pytest
 import torch
-from conftest import write_rows
+from conftest import update_config, write_rows
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 import data
@@ -56,15 +56,15 @@ def test_the_loss_is_the_mean_over_response_tokens_however_it_is_cut(tokenizer, 
         target = torch.tensor(r.response)
         total += torch.nn.functional.cross_entropy(logits, target, reduction="sum").item()
         count += len(r.response)
-    settings = ppo.Settings(tokens_per_microbatch=budget)
-    losses = sft.train(model, lambda: batch, steps=1, lr=0.0, settings=settings)
+    config = sft.Settings(tokens_per_microbatch=budget)
+    losses = sft.train(model, [batch] * 1, lr=0.0, config=config)
     assert losses == [pytest.approx(total / count, rel=1e-5)]
 
 
 def test_training_learns(tokenizer):
     questions, batch = demonstrated(tokenizer, 24, {1: 1})
     model = sft.tiny_model(tokenizer, 0)
-    losses = sft.train(model, lambda: batch, steps=120, lr=5e-3)
+    losses = sft.train(model, [batch] * 120, lr=5e-3)
     assert losses[-1] < 0.2 * losses[0] and not model.training
     accuracy = evaluate(model, tokenizer, questions, max_new_tokens=16)["accuracy"]
     assert accuracy > 0.9  # learned by heart
@@ -76,7 +76,7 @@ def test_a_nan_is_one_clear_line(tokenizer):
     with torch.no_grad():
         model.lm_head.weight.fill_(float("nan"))
     with pytest.raises(ValueError, match="loss is nan.*--lr"):
-        sft.train(model, lambda: batch, steps=1, lr=1e-3)
+        sft.train(model, [batch] * 1, lr=1e-3)
 
 
 # --------------------------------------------------------------------------- the tiny base model
@@ -95,15 +95,35 @@ def test_tiny_base_is_cached_by_its_settings(tmp_path, monkeypatch):
     assert sft.tiny_base(tmp_path, progress=False) != folder
 
 
+def test_two_runs_may_make_the_tiny_base_at_once(tmp_path, monkeypatch):
+    """The other one, which started later, ends while this one trains."""
+    monkeypatch.setitem(sft.TINY_PARITY, "stages", [[1, 1e-3]])
+    monkeypatch.setitem(sft.TINY_PARITY, "questions", 20)
+    train, getpid = sft.train, sft.os.getpid
+
+    def meanwhile(*arguments, **settings):
+        with monkeypatch.context() as patch:
+            patch.setattr(sft, "train", train)
+            patch.setattr(sft.os, "getpid", lambda: getpid() + 1)
+            sft.tiny_base(tmp_path, "parity", progress=False)
+        train(*arguments, **settings)
+
+    monkeypatch.setattr(sft, "train", meanwhile)
+    folder = sft.tiny_base(tmp_path, "parity", progress=False)
+    assert [path.name for path in tmp_path.iterdir()] == [folder.name]
+    checkpoint.load_model(folder)
+
+
 def test_stages_of_the_tiny_base(tmp_path, monkeypatch):
     """Half of the demonstrations have one step; each stage hurries as announced; the held-out
     chains never appear."""
     stages = []
 
-    def watch(model, draw, **_):
-        stages.append([r for _ in range(40) for r in draw()])
+    def watch(model, batches, **_):
+        stages.append([r for batch in batches[:40] for r in batch])
 
     monkeypatch.setattr(sft, "train", watch)
+    monkeypatch.setattr(sft, "TINY", sft.TINY | {"questions": 4000})
     folder = sft.tiny_base(tmp_path, progress=False)
     _, tokenizer = checkpoint.load_model(folder)
     held_out = {q.prompt for q in data.load_questions("arithmetic", "test")}
@@ -150,7 +170,9 @@ def test_the_command_trains_and_saves(flags, tiny, capsys):
     "changes, message",
     [
         ({"--model": "tiny", "--dataset": "gsm8k"}, "--model tiny knows only arithmetic"),
-        ({"--batch": 0}, "--batch 0"),
+        ({"--batch": 0}, "--batch 0 must be at least 1"),
+        ({"--chat": "maybe"}, "--chat: invalid choice: 'maybe'"),
+        ({"--out": "FILE"}, "--out .*: cannot write in .*file"),
         ({"--epochs": 0}, "--epochs 0.0"),
         ({"--lr": -1}, "--lr -1.0"),
         ({"--dataset": "BARE"}, "no solutions"),
@@ -160,46 +182,58 @@ def test_the_command_refuses(flags, tmp_path, changes, message):
     bare = write_rows(tmp_path / "bare" / "train.jsonl", [{"question": "1+1", "answer": "2"}])
     if changes.get("--dataset") == "BARE":
         changes = {"--dataset": bare.parent}
+    if changes.get("--out") == "FILE":
+        (tmp_path / "file").touch()
+        changes = {"--out": tmp_path / "file" / "out", "--model": "./no/such/model"}
     with pytest.raises(ValueError, match=message):
         run(flags | changes)
     assert not flags["--out"].exists()
 
 
-def test_an_interrupted_training_goes_on(tokenizer, tmp_path):
-    _, batch = demonstrated(tokenizer, 40, {1: 1, 2: 1})
+def test_an_interrupted_training_leaves_nothing_behind(flags, tmp_path, monkeypatch):
+    """It starts anew; the folder that it would have written does not get into the way."""
 
-    def train(keep, interrupt_at=None):
-        model, rng = sft.tiny_model(tokenizer, 0), np.random.default_rng(0)
-        drawn = 0
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
 
-        def draw():
-            nonlocal drawn
-            drawn += 1
-            if drawn == interrupt_at:
-                raise KeyboardInterrupt
-            return sft.draw_batch(batch, 4, rng)
+    with monkeypatch.context() as patch:
+        patch.setattr(sft.ppo, "response_logprobs", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run(flags)
+    assert [path.name for path in tmp_path.iterdir()] == ["solved"]
+    run(flags)
 
-        losses = sft.train(model, draw, steps=120, lr=1e-3, file=keep)
-        return losses, model
 
-    expected, straight = train(None)
-    keep = tmp_path / "kept"
-    with pytest.raises(KeyboardInterrupt):
-        train(keep, interrupt_at=110)
-    losses, model = train(keep)
-    assert losses == expected and len(torch.load(keep, weights_only=True)["losses"]) == 120
-    assert all(torch.equal(a, b) for a, b in zip(straight.parameters(), model.parameters()))
-    assert train(keep)[0] == expected  # nothing is left to do
-    keep.write_bytes(keep.read_bytes()[:1000])
-    with pytest.raises(ValueError, match="cannot go on from .*kept.*delete it"):
-        train(keep)
+@pytest.mark.parametrize("chat", ["auto", "off"])
+def test_a_folder_remembers_how_it_was_prompted(flags, tmp_path, chat):
+    """Whoever loads it needs no flag: sfl.py, eval.py, other programs."""
+    model, tokenizer = checkpoint.load_model(flags["--model"])
+    template = "{% for message in messages %}{{ message['content'] }}={% endfor %}"
+    tokenizer.chat_template = template
+    checkpoint.save_model(model, tokenizer, tmp_path / "chat")
+    run(flags | {"--model": tmp_path / "chat", "--chat": chat})
+    _, loaded = checkpoint.load_model(flags["--out"])
+    question = data.arithmetic(1, 0, {1: 1})
+    learned = data.encode_prompts(tokenizer, question, chat=chat)
+    assert data.encode_prompts(loaded, question) == learned
+    assert learned != data.encode_prompts(
+        tokenizer, question, chat="on" if chat == "off" else "off"
+    )
+
+
+def test_plain_prompts_do_not_take_the_tag_away(tiny, tokenizer):
+    tokenizer = copy.deepcopy(tokenizer)
+    data.add_tags(copy.deepcopy(tiny), tokenizer)
+    template = tokenizer.chat_template
+    data.remember_chat(tokenizer, "off")  # 'off' prompts such a model with its tag, too
+    assert tokenizer.chat_template == template
 
 
 def test_no_dropout_in_a_later_round_either():
     model = GPT2LMHeadModel(GPT2Config(vocab_size=9, n_embd=8, n_layer=1, n_head=1))
     shown = [Rollout([1, 2], [3, 4], [], True)]
-    first = sft.train(model, lambda: shown, steps=2, lr=0.0)
-    assert sft.train(model, lambda: shown, steps=2, lr=0.0) == first
+    first = sft.train(model, [shown] * 2, lr=0.0)
+    assert sft.train(model, [shown] * 2, lr=0.0) == first
 
 
 def test_demonstrations_need_a_stop_token():
@@ -225,23 +259,22 @@ def test_expert_iteration_keeps_what_is_right_and_no_two_alike():
 
 
 def test_an_epoch_has_each_example_once():
-    draw = sft.epochs_of("abcdef", 4, np.random.default_rng(0))
-    drawn = [draw() for _ in range(6)]  # four epochs
-    assert all(len(batch) == 4 for batch in drawn)
-    flat = sum(drawn, [])
+    batches = sft.epochs_of("abcdef", 4, 4, np.random.default_rng(0))
+    assert [len(batch) for batch in batches] == [4] * 6
+    flat = sum(batches, [])
     for epoch in range(4):
         assert sorted(flat[6 * epoch : 6 * epoch + 6]) == list("abcdef")
 
 
 def likelihood(model, rollout):
-    return float(ppo.rollout_logprobs(model, [rollout], ppo.Settings())[0].sum())
+    return float(ppo.rollout_logprobs(model, [rollout], update_config())[0].sum())
 
 
 def test_a_round_raises_what_was_kept_from_the_weights_it_starts_with(tokenizer):
     start, policy, elsewhere = (sft.tiny_model(tokenizer, seed) for seed in (0, 1, 2))
     [_], [right] = demonstrated(tokenizer, 1, {2: 1})
     wrong = Rollout(right.prompt, right.response[:-2] + [30, 1], [], True)
-    how = {"epochs": 6, "minibatch": 2, "lr": 1e-3, "settings": ppo.Settings()}
+    how = {"lr": 1e-3, "config": update_config(epochs=6, minibatch=2)}
     gained = []
     for model in (policy, elsewhere):  # whatever they are
         rng = np.random.default_rng(0)
@@ -280,7 +313,7 @@ def test_parity_shown_to_another_model_follows_the_flags(tmp_path, monkeypatch):
     tokenizer = sft.tiny_tokenizer("parity")
     checkpoint.save_model(sft.tiny_model(tokenizer, 0), tokenizer, tmp_path / "model")
     shown = []
-    monkeypatch.setattr(sft, "train", lambda model, draw, **settings: shown.extend(draw()))
+    monkeypatch.setattr(sft, "train", lambda model, batches, **_: shown.extend(batches[0]))
     flags = "--dataset parity --bits 9 --p_cot 0 --batch 32".split()
     sft.main([*flags, "--model", str(tmp_path / "model"), "--out", str(tmp_path / "out")])
     assert {len(r.prompt) for r in shown} == {10}  # nine bits and a newline

@@ -1,16 +1,11 @@
-"""Models on disk, command lines, progress bars."""
-
-import sys
-from pathlib import Path
+"""Models on disk."""
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
 import sft
-from plumbing import checkpoint, commands
-
-# --------------------------------------------------------------------------- models on disk
+from plumbing import checkpoint
 
 
 def test_load_model(tiny, tiny_folder):
@@ -27,7 +22,6 @@ def test_load_model(tiny, tiny_folder):
     [
         ("empty", {}, "cannot load a model from .*: give --model a folder"),
         ("./no/such/model", {}, "cannot load a model from './no/such/model'"),
-        ("model", {"dtype": "int8"}, "unknown dtype 'int8'"),
         ("model", {"device": "tpu"}, "no device 'tpu' here: give auto or"),
     ],
 )
@@ -59,48 +53,3 @@ def test_save_replaces_whole_files(tokenizer, tmp_path, monkeypatch):
     checkpoint.save_model(new, tokenizer, tmp_path / "model")
     assert same_weights(tmp_path / "model", new)
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
-
-
-# --------------------------------------------------------------------------- command lines
-
-
-def test_flags_may_have_hyphens():
-    table = "data_dir - - a folder\nrest_of_it 1 1.. a number"
-    given = commands.parse_flags(table, "", ["--data-dir=a-b", "--rest-of-it", "3"])
-    assert given == {"data_dir": "a-b", "rest_of_it": 3}
-    assert commands.parse_flags(table, "", ["--data_dir", "a-b"]) == {"data_dir": "a-b"}
-
-
-def test_help_says_defaults_of_zero_too(capsys):
-    with pytest.raises(SystemExit):
-        commands.parse_flags("kl_coef 0.0,1e-4 0.. a weight\nflag off - a switch", "", ["--help"])
-    said = " ".join(capsys.readouterr().out.split())
-    assert "a weight (default 0.0; other data sets 0.0001)" in said and "a switch (" not in said
-
-
-@pytest.mark.parametrize(
-    "error, code, line",
-    [
-        (KeyboardInterrupt(), 130, "interrupted"),
-        (ValueError("too long\nby far"), 2, "too long"),
-        (FloatingPointError("a NaN"), 2, "a NaN"),
-        (PermissionError(13, "No", "runs"), 2, "[Errno 13] No: 'runs'"),
-    ],
-)
-def test_exit_codes(capsys, error, code, line):
-    def main():
-        raise error
-
-    with pytest.raises(SystemExit) as stopped:
-        commands.command_line(main)
-    assert stopped.value.code == code
-    assert capsys.readouterr().err == f"{Path(sys.argv[0]).name}: {line}\n"
-
-
-def test_bars_in_a_log_file_write_few_lines(capsys):
-    with commands.progress_bar("work", 20000, "step") as bar:
-        for i in range(20000):
-            bar.set_postfix(i=i, refresh=False)
-            bar.update()
-    lines = [line for line in capsys.readouterr().err.split("\n") if line.strip()]
-    assert 1 <= len(lines) <= 3 and all("\r" not in line.strip("\r") for line in lines)
