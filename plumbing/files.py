@@ -42,6 +42,8 @@ def check_request(names, split, data_dir, made_here, datasets):
     """ValueError for what can be told before anything is read."""
     if split not in ("train", "test", "all"):
         raise ValueError(f"unknown split {split!r}: give train, test or all")
+    if not all(names):
+        raise ValueError(f"an empty name in --dataset {','.join(names)!r}: one comma too many")
     for name in names:
         has_name = name in made_here or name in datasets or is_hub_id(name)
         if not has_name and not Path(name).exists():

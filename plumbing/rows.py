@@ -90,6 +90,9 @@ def parse_row(where, row, names, notes):
         if not is_text(text):
             there = ", ".join(row)[:200] or "none"
             missing = f"no usable {part} in a field {' or '.join(names[part])}"
+            there_is = [row.get(name.lower()) for name in names[part]]
+            unusable = [str(value)[:40] for value in there_is if value is not None]
+            missing += f" (not {unusable[0]!r})" if unusable else ""
             way_out = f"the row's fields are {there}: name one with --{part}_field"
             raise ValueError(f"{where}: {missing}; {way_out}")
     if solution is not None and not is_text(solution):

@@ -177,6 +177,13 @@ def test_a_row_of_each_data_set(tmp_path, row, question, answer, solution, level
     assert loaded.prompt == f"[MATH_TASK] Problem:\n{question}\n\nSolution:"
 
 
+def test_an_answer_that_is_none_is_quoted(tmp_path):
+    for answer in (float("nan"), ""):
+        path = str(write_rows(tmp_path / "rows.jsonl", [{"question": "q", "answer": answer}]))
+        refused(f"no usable answer .*not '{answer}'", path, "all")
+    refused("an empty name in --dataset 'arithmetic,'", "arithmetic,", "train")
+
+
 def test_fields_that_are_named(tmp_path):
     row = {
         "frage": "1+1?",
