@@ -310,6 +310,8 @@ def plot(runs, out):
 
 
 def draw_curves(ax, curves, metric, spent):
+    from matplotlib.ticker import EngFormatter
+
     for number, (run, rows) in enumerate(curves.items()):
         points = [(row[spent], row[metric]) for row in rows if metric in row]
         x, y = np.array(points, float).reshape(-1, 2).T
@@ -320,6 +322,7 @@ def draw_curves(ax, curves, metric, spent):
             reach = max(1, len(y) // 20)  # neighbours on either side that are averaged
             y = [y[max(0, t - reach) : t + reach + 1].mean() for t in range(len(y))]
         ax.plot(x, y, label=run, linewidth=1.5, color=color, linestyle=style)
+    ax.xaxis.set_major_formatter(EngFormatter(sep=""))  # 100k: longer numbers would overlap
     ax.set_xlabel(spent, fontsize=8)
     ax.set_title(metric.replace("_", " "), fontsize=9)
 
