@@ -467,11 +467,11 @@ def train(config, policy, critic, reference, optimizer, pool, evaluate, start, r
                 critic=critic, values=values, returns=returns, rng=rng,
                 when_full=pool.engine.free,
             )  # fmt: skip
+        if config.kl_sample > 0 and ref_logprobs is None:  # measured, not in the loss
+            logged["kl"] = kl_to_start(config, reference, rollouts)
         logged["seconds_update"] = time.perf_counter() - clock
 
         # --- 4. measure, log, save
-        if config.kl_sample > 0 and ref_logprobs is None:
-            logged["kl"] = kl_to_start(config, reference, rollouts)
         logged = report.metrics(pool, iteration, batch, rollouts, optimizer) | logged
         done = iteration + 1
         last = done == config.iterations
