@@ -45,7 +45,7 @@ from data import decode_response
 from plumbing import attention, checkpoint, commands, memory, report
 from plumbing.answers import ANSWER_CHARS, Judges, braced, parse_number, same_math, vote
 from plumbing.processes import all_sum, share
-from rollout import StopText, generate
+from rollout import Engine, StopText, generate
 
 # --------------------------------------------------------------------------- when is it right?
 
@@ -381,6 +381,7 @@ def main(argv=None):
     shared = {name: getattr(config, name) for name in shared}
     shared["stop_ids"] = stops(model, tokenizer, config.stop)
     shared |= {"judges": Judges(config.judges), "progress": True}
+    shared["engine"] = Engine(model)  # one for all: it checks the model and fills its cache once
     evaluations = {}  # data set: measure: what `evaluate` returned, but for the responses
     samples = []  # these, a JSON line each
     for name in names:

@@ -209,7 +209,8 @@ OPERATIONS = (
 )
 # An answer with one of these is an expression: if the question shows it, it is not worked out.
 SHOWN = re.compile(
-    r"(?<=.)[-+]|[*/=(<>]|\\[lg]eq?(?![a-z])|\de[-+]?\d|\^(?!\s*\{?\s*\\circ)|\\(?:frac|sqrt|times|cdot)"
+    r"(?<=.)[-+]|[*/=(<>]|\\[lg]eq?(?![a-z])|\de[-+]?\d|\^(?!\s*\{?\s*\\circ)"
+    r"|\\(?:frac|sqrt|times|cdot)"
 )
 CHOICE = re.compile(r"\(?([A-J])(?:\)?$|[).:]+(?:\s|\\|$)(?!.*(?:\([A-J]\)|\b[B-J]\b)).*)", re.S)
 
