@@ -161,11 +161,35 @@ def words(args):
         algo, curriculum = arm.split("-")
         learner = ["--algo", algo, "--curriculum", curriculum, "--lr", args.lr]
         arms[arm] = ["--model", str(start), "--dataset", args.data, *WORDS.split(), *learner]
-    run_and_compare(args, "words", arms, "words-")
+    folders = compare(args, "words", arms, "words-")
+
+    print("\n| | greedy | one sample | pass@8 | tokens a response |\n|---|---|---|---|---|")
+    results = {"after the warm start": [evaluations(next(iter(folders.values()))[0])["before"]]}
+    for arm, runs in folders.items():
+        results[arm] = [evaluations(folder)["after"] for folder in runs]
+    for name, evaluated in results.items():
+        greedy = spread([result["greedy"]["accuracy"] for result in evaluated], 3)
+        cells = [name, greedy]
+        for measure, digits in (("accuracy", 3), ("pass@8", 3), ("response_length", 1)):
+            cells.append(spread([result["sampled"][measure] for result in evaluated], digits))
+        print(f"| {' | '.join(cells)} |")
+
+
+def evaluations(folder):
+    return json.loads((folder / "evaluation.json").read_text())
 
 
 def run_and_compare(args, title, arms, before, after=""):
-    """arms: {name: flags}. The runs lie in folders named `before`, the arm, `after`, the seed."""
+    """`compare` from the tiny base, which is made once and not in each run."""
+    import sft
+
+    sft.tiny_base("runs/cache")
+    compare(args, title, arms, before, after)
+
+
+def compare(args, title, arms, before, after=""):
+    """arms: {name: flags}. The runs lie in folders named `before`, the arm, `after`, the seed.
+    Prints a table, draws the curves, and returns the folders, {arm: one a seed}."""
     folders, jobs = {}, {}
     for name in arms:
         arm = (before + name + after).replace(", ", "-").replace(" ", "-")
@@ -177,6 +201,7 @@ def run_and_compare(args, title, arms, before, after=""):
     runs = {name: [curve(folder) for folder in folders[name]] for name in arms}
     goal = print_table(title, runs)
     draw_curves(title, runs, goal, Path(args.out, f"{title}.png"))
+    return folders
 
 
 # A run of sfl.py, with another pool of questions.
