@@ -170,6 +170,10 @@ LONG_ROUNDS = "--questions 1024 --iterations 8 --lr 1e-5 --eval_every 1 --save_e
 GSM8K = r"--dataset gsm8k --stop \n\n\nProblem: --curriculum "
 MATH = r"--dataset math --stop \n\n\nProblem: --model realtreetune/rho-1b-sft-MATH "
 MATH += "--iterations 1000 --curriculum "
+# Nobody's paper: for one card of 24 GB at home.
+HOME = """--algo grpo --dataset gsm8k --curriculum posterior --model Qwen/Qwen2.5-0.5B-Instruct
+--temperature 1 --top_p 1 --max_new_tokens 512 --context 1024 --questions 32 --epochs 1 --kl_coef 0
+--iterations 200 --gradient_checkpointing --tokens_per_microbatch 8192"""
 FAST = "sfl --refresh_every 10 --candidates 256 --buffer_size 64"
 PRESETS = {
     "uniform-gsm8k": GSM8K + "uniform",
@@ -181,6 +185,7 @@ PRESETS = {
     "sfl-fast-math": MATH + FAST,
     "lilo-math": MATH + "lilo",
     "grpo-orz": "--algo grpo --dataset orz --curriculum lilo",
+    "home-gsm8k": HOME,
 }
 # What --resume may change: nothing that the learning depends on.
 CHANGEABLE = """iterations eval_every save_every device slots tokens_per_microbatch fsdp
@@ -419,6 +424,7 @@ def train(config, policy, critic, reference, optimizer, pool, evaluate, start, r
     out = Path(config.out)
     log = report.Log(out, config)
     bar = commands.progress_bar(out.name, config.iterations, "iteration", rank() == 0, start)
+    free = pool.engine.free  # if memory runs out, the idle KV cache goes first
     result = {}
     signals.wait = True  # Ctrl-C lets the iteration finish
     for iteration in range(start, config.iterations):
@@ -437,7 +443,7 @@ def train(config, policy, critic, reference, optimizer, pool, evaluate, start, r
         clock = time.perf_counter()
         advantages = values = returns = None
         if config.algo == "ppo":  # with V(s_t) of the critic, before this iteration trains it
-            values = ppo.rollout_values(critic, rollouts, config)
+            values = ppo.rollout_values(critic, rollouts, config, when_full=free)
             advantages, returns = ppo.response_gae(values, batch.rewards.flatten(), config)
         elif config.algo == "vineppo":  # with fresh rollouts from the same state
             advantages, spent = monte_carlo_credit(pool, config, batch)
@@ -452,7 +458,7 @@ def train(config, policy, critic, reference, optimizer, pool, evaluate, start, r
         # --- 3. update
         clock = time.perf_counter()
         if config.offload_optimizer:
-            pool.engine.free()  # the KV cache and Adam's moments need not fit together
+            free()  # the KV cache and Adam's moments need not fit together
         share = learning_rate_share(config, iteration)
         for group, lr in zip(optimizer.param_groups, (config.lr, config.critic_lr)):
             group["lr"] = lr * share
@@ -461,14 +467,13 @@ def train(config, policy, critic, reference, optimizer, pool, evaluate, start, r
             logged |= imitate(pool, config, policy, reference, optimizer, batch, rng, state)
         else:
             if config.kl_coef > 0:
-                ref_logprobs = ppo.rollout_logprobs(reference, rollouts, config)
+                ref_logprobs = ppo.rollout_logprobs(reference, rollouts, config, when_full=free)
             logged |= ppo.update(
                 policy, optimizer, rollouts, advantages, config, ref_logprobs=ref_logprobs,
-                critic=critic, values=values, returns=returns, rng=rng,
-                when_full=pool.engine.free,
+                critic=critic, values=values, returns=returns, rng=rng, when_full=free,
             )  # fmt: skip
         if config.kl_sample > 0 and ref_logprobs is None:  # measured, not in the loss
-            logged["kl"] = kl_to_start(config, reference, rollouts)
+            logged["kl"] = kl_to_start(config, reference, rollouts, free)
         logged["seconds_update"] = time.perf_counter() - clock
 
         # --- 4. measure, log, save
@@ -538,12 +543,12 @@ def imitate(pool, config, policy, reference, optimizer, batch, rng, state):
     return sft.imitate(policy, start, examples, lr, config, rng)
 
 
-def kl_to_start(config, reference, rollouts):
+def kl_to_start(config, reference, rollouts, free):
     """KL(policy || starting model) a token (k3), from a few rollouts. It is the KL of the policy
-    that sampled them, before the update."""
+    that sampled them, before the update. free: called when memory runs out."""
     every = math.ceil(len(rollouts) / config.kl_sample)
     some = rollouts[::every]  # kl_sample at most, from all over the batch
-    ref = torch.cat(ppo.rollout_logprobs(reference, some, config))  # (tokens,)
+    ref = torch.cat(ppo.rollout_logprobs(reference, some, config, when_full=free))  # (tokens,)
     sampled = torch.tensor([x for rollout in some for x in rollout.logprobs])  # (tokens,)
     return float(ppo.kl_k3(ref, sampled).mean())
 
@@ -569,7 +574,7 @@ def run(config, signals=None):
     first = rank() == 0
 
     # --- device and precision
-    device = memory.pick_device(config.device)
+    device = memory.pick_device(config.device, 0 if config.model == "tiny" else math.inf)
     config.dtype = memory.precision(config.dtype, device)
     decode_dtype = getattr(torch, config.dtype)  # the policy itself is in float32
     if config.model == "tiny":
@@ -587,6 +592,7 @@ def run(config, signals=None):
         pretraining = {"bits": config.bits, "p_cot": config.p_cot, "progress": first}
         base = sft.tiny_base(config.cache, config.dataset, **pretraining)
     policy, tokenizer = checkpoint.load_model(base, device=device)
+    memory.make_it_fit(config, policy, device)
     # rcrl: two new tokens in the prompt say what a response is worth. The policy does not know them
     # before it is trained: until then it is asked without them.
     untagged = copy.deepcopy(tokenizer)
@@ -634,9 +640,13 @@ def run(config, signals=None):
     parameters = [{"params": policy.parameters(), "lr": config.lr}]
     if critic is not None:
         parameters.append({"params": critic.parameters(), "lr": config.critic_lr})
-    optimizer = torch.optim.AdamW(parameters, weight_decay=0.0)
+    # fused: on CUDA a step then takes no memory of its own. On a CPU it would round otherwise.
+    fused = device.startswith("cuda")
+    optimizer = torch.optim.AdamW(parameters, weight_decay=0.0, fused=fused)
     if config.offload_optimizer:
         memory.offload(optimizer, device)
+    else:  # the engine leaves room for Adam's moments
+        engine.promised = partial(memory.moments_to_come, optimizer)
 
     # --- settings of sampling, grading and evaluating
     generation = {

@@ -1,19 +1,29 @@
 """The paths of a card, on one that is only pretended: what tests/gpu.py would check on a real one,
 how often the host waits, and what takes how much of its memory."""
 
+import copy
+from collections import Counter
+
+import account
+import benchmark
 import gpu
 import numpy as np
 import pytest
 import torch
 from card import Card
+from conftest import small_llama, update_config
+from transformers import AutoModelForCausalLM
 
+import ppo
 import rollout
 import sfl
+from plumbing import memory
 from rollout import StopText, generate
 
 SMALL = "--curriculum lilo --max_candidates 32 --rollouts 4 --questions 8 --eval_limit 4"
 SMALL += " --max_new_tokens 24 --minibatch 16 --iterations 1 --mc_rollouts 2 --slots 32"
 SMALL = SMALL.split()
+BATCH = ppo.MicroBatch
 
 
 # --------------------------------------------------------------------------- sampling
@@ -97,6 +107,33 @@ def test_an_iteration_runs_in_bfloat16(algo, base, monkeypatch):
     assert 0 <= row["kl"] < 1e-2  # the sampler's log-probs are the scorer's, but for rounding
 
 
+def test_the_host_waits_a_few_times_an_optimizer_step(monkeypatch):
+    """For what a micro-batch uploads, the sizes of its masks, metrics that are read: not for each
+    layer, rollout or weight."""
+    rollouts = [rollout.Rollout([5] * 4, [6] * (3 + i % 5), [], True) for i in range(24)]
+    ones = [torch.ones(len(r.response)) for r in rollouts]
+    config = update_config(minibatch=8, tokens_per_microbatch=48, kl_coef=0.1)
+    lists = {"old_logprobs": ones, "ref_logprobs": ones, "values": ones, "returns": ones}
+    microbatches = []
+    monkeypatch.setattr(ppo, "MicroBatch", lambda *a, **k: microbatches.append(1) or BATCH(*a, **k))
+    with Card(monkeypatch) as card:
+        policy = small_llama(30, num_hidden_layers=5).to("cuda")
+        policy.head_is_plain = True  # `check_head` looks at it once
+        critic = ppo.ValueModel(policy)
+        optimizer = torch.optim.AdamW([*policy.parameters(), *critic.parameters()], fused=True)
+        card.waits.clear()
+        ppo.update(policy, optimizer, rollouts, ones, config, critic=critic, **lists)
+    steps = 2 * 3  # of either model
+    assert len(microbatches) == 2 * steps
+    by_line = Counter()
+    for (_, line), count in card.waits.items():
+        by_line[line] += count
+    [(_, most), (_, second)] = by_line.most_common(2)
+    assert most == 6 * len(microbatches)  # MicroBatch's fields
+    assert second == 2 * len(microbatches)  # tokens and mask
+    assert card.waits.total() <= 10 * len(microbatches) + 8 * steps
+
+
 def test_metrics_that_differ_are_named():
     row = {"grad_norm": 1.0, "seconds_update": 3.0}
     assert gpu.differences([row], [row | {"seconds_update": 4.0}]) == []
@@ -108,3 +145,147 @@ def test_without_a_card_nothing_is_claimed(capsys):
         pytest.skip("there is one")
     gpu.main()
     assert "nothing is claimed" in capsys.readouterr().out
+
+
+# --------------------------------------------------------------------------- memory
+
+
+def trained(card):
+    """Policy and critic on the card, and an optimizer that offloads."""
+    policy = small_llama(30).to("cuda")
+    critic = ppo.ValueModel(policy)
+    weights = [*policy.parameters(), *critic.parameters()]
+    optimizer = torch.optim.AdamW(weights, fused=True)
+    memory.offload(optimizer, "cuda")
+
+    def places(model):
+        """Where its moments lie."""
+        found = {state[name].device.type for p, state in optimizer.state.items()
+                 for name in ("exp_avg", "exp_avg_sq")
+                 if any(p is q for q in model.parameters())}  # fmt: skip
+        return found
+
+    return policy, critic, optimizer, places
+
+
+def test_offloaded_moments_come_for_a_step_one_model_s_at_a_time(monkeypatch):
+    with Card(monkeypatch) as card:
+        policy, critic, optimizer, places = trained(card)
+        seen = []
+        optimizer.register_step_pre_hook(lambda *_: seen.append((places(policy), places(critic))))
+        for model in (policy, critic, policy, critic):
+            for p in model.parameters():
+                p.grad = torch.ones_like(p)
+            optimizer.step()
+            optimizer.zero_grad()
+            assert places(policy) | places(critic) == {"cpu"}
+        assert seen[2:] == [({"cuda"}, {"cpu"}), ({"cpu"}, {"cuda"})]
+        saved = copy.deepcopy(optimizer.state_dict())
+        policy, critic, optimizer, places = trained(card)
+        optimizer.load_state_dict(saved)
+        assert places(policy) | places(critic) == {"cpu"}  # as before the resume
+
+
+def test_slots_leave_room_for_moments_that_are_still_to_come(monkeypatch):
+    model = small_llama(30)
+    optimizer = torch.optim.AdamW(model.parameters())
+    size = 4 * sum(p.numel() for p in model.parameters())
+    assert memory.moments_to_come(optimizer) == 2 * size
+    sizes = []
+    monkeypatch.setattr(memory, "choose_slots", lambda *given: sizes.append(given[-1]) or 2)
+    engine = rollout.Engine(model)
+    how = {"max_new_tokens": 3, "stop_ids": [2]}
+    engine.generate([[3]], **how)
+    engine.free()
+    engine.promised = lambda: memory.moments_to_come(optimizer)
+    engine.generate([[3]], **how)
+    assert sizes == [0, -2 * size]
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    assert memory.moments_to_come(optimizer) == 0
+
+
+def test_attention_on_a_card_is_not_cudnn_s(monkeypatch):
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    assert memory.pick_device("cpu") == "cpu" and torch.backends.cuda.cudnn_sdp_enabled()
+    Card(monkeypatch)
+    assert memory.pick_device("auto") == "cuda"
+    assert not torch.backends.cuda.cudnn_sdp_enabled() and torch.backends.cuda.flash_sdp_enabled()
+
+
+def test_a_run_goes_on_on_another_device(base, tmp_path, monkeypatch):
+    """On the card AdamW is fused, and on the CPU the one that a CPU always had."""
+    fused = []
+    train = sfl.train
+
+    def watched(config, policy, critic, reference, optimizer, *rest):
+        fused.append({group["fused"] for group in optimizer.param_groups})
+        return train(config, policy, critic, reference, optimizer, *rest)
+
+    monkeypatch.setattr(sfl, "train", watched)
+    flags = ["--model", base, "--out", str(tmp_path / "run"), "--dtype", "float32", *SMALL]
+    with Card(monkeypatch):
+        sfl.run(sfl.parse([*flags, "--device", "cuda", "--offload_optimizer"]))
+    resumed = ["--resume", str(tmp_path / "run"), "--iterations", "2", "--device", "cpu"]
+    sfl.run(sfl.parse(resumed))
+    assert fused == [{True}, {False}]
+
+
+def shallow(size, layers=2):
+    config = benchmark.config_of(size)
+    config.num_hidden_layers = layers
+    return config
+
+
+@pytest.mark.parametrize("flags", benchmark.UPDATES)
+def test_the_forecast_is_what_an_update_takes(flags):
+    """Within 10 %, by an account of tensors that hold no numbers."""
+    said, found = account.update_memory(shallow("1b"), flags)
+    assert said == pytest.approx(found, rel=0.1)
+
+
+@pytest.mark.parametrize("temperature, top_p", [(0.6, 0.9), (1.0, 1.0), (0.0, 1.0)])
+def test_the_forecast_is_what_a_decode_step_takes(temperature, top_p):
+    sampling = rollout.Sampling(temperature, top_p, 0, frozenset([2]))
+    found, kinds = account.decode_step(shallow("1b"), 512, 64, sampling)
+    most = memory.draw_bytes(2, truncated=top_p < 1)
+    if temperature == 0:
+        assert found < most
+    else:
+        assert most == pytest.approx(found, rel=0.1)
+    # Each layer's attention is one kernel, and nothing reads the vocabulary forty times.
+    assert kinds["attention"][0] == 2 and kinds["draw"][1] < 200 * 512 * 32000
+
+
+def outline(size):
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(benchmark.config_of(size))
+
+
+@pytest.mark.parametrize(
+    "gib, flags, size, said",
+    [
+        (140, "--dataset gsm8k", "1b", ""),
+        (78, "--dataset gsm8k", "1b", "--tokens_per_microbatch 8192\n"),
+        (38, "--dataset gsm8k", "1b", "--gradient_checkpointing True --offload_optimizer True\n"),
+        (22, "--dataset gsm8k", "1b", "try --preset home-gsm8k\n"),
+        (22, "--preset home-gsm8k", "0.5b", ""),
+    ],
+)
+def test_a_run_takes_settings_that_fit_its_card(gib, flags, size, said, monkeypatch, capsys):
+    model = outline(size)
+    Card(monkeypatch)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (gib * 2**30, gib * 2**30))
+    config = sfl.parse(flags.split())
+    memory.make_it_fit(config, model, "cuda")
+    printed = capsys.readouterr().err
+    assert printed.endswith(said) and bool(printed) == bool(said)
+    assert ("not fit" in printed) != ("it fits" in memory.dry_run(config, model))
+
+
+def test_a_mac_s_gpu_is_for_large_models(monkeypatch, capsys):
+    Card(monkeypatch, kind="mps")
+    assert memory.pick_device("auto", 10**5) == "cpu" and capsys.readouterr().err == ""
+    assert memory.pick_device("auto", 10**9) == "mps" and "never tried" in capsys.readouterr().err
+    assert memory.pick_device("mps", 10**5) == "mps"
