@@ -28,7 +28,7 @@ def pick_device(name, numbers=None):
     if name == "auto" and device == "mps" and numbers is not None:
         if numbers < SMALL:
             return "cpu"
-        print("--device auto: mps, which was never tried; cpu was", file=sys.stderr)
+        print("--device auto: mps, which was never tried (--device cpu was)", file=sys.stderr)
     if device.startswith("cuda"):
         # cuDNN's attention plans anew for every shape, and here every micro-batch has its own.
         # There remain flash attention, and the memory-efficient one where there is a mask.
@@ -206,18 +206,17 @@ def make_it_fit(config, model, device):
         if needed < free:
             break
     sizes = f"{needed / 2**30:.1f} GiB of {free / 2**30:.1f} that are free"
-    if needed >= free:
-        print(f"this may not fit: {sizes}; try --preset home-gsm8k", file=sys.stderr)
-    elif changes:
-        flags = " ".join(f"--{name} {value}" for name, value in changes.items())
-        print(f"so that it fits ({sizes}): {flags}", file=sys.stderr)
+    said = "so that it fits:" if needed < free else "it may not fit (try --preset home-gsm8k):"
+    flags = " ".join(f"--{name} {value}" for name, value in changes.items())
+    if rank() == 0 and (changes or needed >= free):
+        print(f"{said} {flags} ({sizes})", file=sys.stderr)
 
 
 def forecast(config, model, device, free=math.inf):
     """{owner: bytes} in a process at the peak of a run on a device. config: the run's settings;
-    free: bytes on the device, of which the cache takes half of what is left. The
-    peak is in the update, when a second micro-batch of the policy's goes backward through the head.
-    The layers are taken to be a Llama's. `tests/benchmark.py forecast` shows how near that is."""
+    free: bytes on the device; of what is left of these the cache takes half at most. The peak is in
+    the update, when a second micro-batch of the policy's goes backward through the head. The layers
+    are taken to be a Llama's. `tests/benchmark.py forecast` shows how near that is."""
     bfloat16 = precision(config.dtype, device) == "bfloat16"
     shape = model.config.get_text_config()
     layers, hidden, vocab = shape.num_hidden_layers, shape.hidden_size, shape.vocab_size

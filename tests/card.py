@@ -20,7 +20,6 @@ import numpy as np
 import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 ROOT = str(Path(__file__).resolve().parent.parent)
 CPU, META = torch.device("cpu"), torch.device("meta")
@@ -28,6 +27,17 @@ MOVES = {"to": None, "cuda": "cuda", "cpu": "cpu"}
 READS = {"tolist", "item", "__bool__", "__int__", "__float__", "__index__", "__contains__"}
 READS |= {"nonzero", "equal", "allclose", "masked_select", "unique"}
 UPLOADS = {"tensor", "as_tensor", "asarray"}
+
+
+def tensors_in(*values):
+    """All tensors of nested lists, tuples and dicts."""
+    for x in values:
+        if isinstance(x, torch.Tensor):
+            yield x
+        elif isinstance(x, (list, tuple)):
+            yield from tensors_in(*x)
+        elif isinstance(x, dict):
+            yield from tensors_in(*x.values())
 
 
 class Recorder(TorchDispatchMode):
@@ -38,7 +48,7 @@ class Recorder(TorchDispatchMode):
         self.operations, self.made, self.before = [], {}, {}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        read = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+        read = list(tensors_in(args, kwargs))
         for x in read if func._schema.is_mutable else []:
             place = x.untyped_storage().data_ptr()
             if place not in self.made and place not in self.before:
@@ -46,8 +56,8 @@ class Recorder(TorchDispatchMode):
                 self.before[place] = storage, storage.clone()
         out = func(*args, **kwargs or {})
         there = {x.untyped_storage().data_ptr() for x in read}
-        for x in tree_leaves(out):
-            if isinstance(x, torch.Tensor) and x.untyped_storage().data_ptr() not in there:
+        for x in tensors_in(out):
+            if x.untyped_storage().data_ptr() not in there:
                 self.made[x.untyped_storage().data_ptr()] = x
         self.operations.append((func, args, kwargs or {}, out))
         return out
@@ -108,11 +118,10 @@ class Card(TorchFunctionMode):
 
     @staticmethod
     def tag(out, device):
-        for x in [out] if isinstance(out, torch.Tensor) else tree_leaves(out):
-            if isinstance(x, torch.Tensor):
-                vars(x).pop("pretended", None)
-                if device.type not in ("cpu", "meta"):
-                    vars(x)["pretended"] = device
+        for x in tensors_in(out):
+            vars(x).pop("pretended", None)
+            if device.type not in ("cpu", "meta"):
+                vars(x)["pretended"] = device
         return out
 
     def where(self, device):
@@ -137,7 +146,7 @@ class Card(TorchFunctionMode):
             return self.attribute(func, args)
         if name == "__deepcopy__":
             return self.tag(func(*args), self.of(args[0]))
-        tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+        tensors = list(tensors_in(args, kwargs))
         devices = {self.of(x) for x in tensors if x.dim() > 0}
         if META in devices:  # transformers makes a model without numbers first
             return func(*args, **kwargs)
@@ -275,6 +284,6 @@ class Card(TorchFunctionMode):
             for x in recorder.made.values():  # a graph's memory is anybody's between two replays
                 x.fill_(float("nan") if x.is_floating_point() else 1)
             for func, args, kwargs, old in recorder.operations:
-                for x, y in zip(tree_leaves(old), tree_leaves(func(*args, **kwargs))):
-                    if isinstance(x, torch.Tensor) and x.data_ptr() != y.data_ptr():
+                for x, y in zip(tensors_in(old), tensors_in(func(*args, **kwargs))):
+                    if x.data_ptr() != y.data_ptr():
                         x.copy_(y)

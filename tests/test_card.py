@@ -267,9 +267,9 @@ def outline(size):
     "gib, flags, size, said",
     [
         (140, "--dataset gsm8k", "1b", ""),
-        (78, "--dataset gsm8k", "1b", "--tokens_per_microbatch 8192\n"),
-        (38, "--dataset gsm8k", "1b", "--gradient_checkpointing True --offload_optimizer True\n"),
-        (22, "--dataset gsm8k", "1b", "try --preset home-gsm8k\n"),
+        (78, "--dataset gsm8k", "1b", "fits: --tokens_per_microbatch 8192 ("),
+        (38, "--dataset gsm8k", "1b", "fits: --tokens_per_microbatch 4096 --gradient_check"),
+        (22, "--dataset gsm8k", "1b", "not fit (try --preset home-gsm8k)"),
         (22, "--preset home-gsm8k", "0.5b", ""),
     ],
 )
@@ -280,7 +280,7 @@ def test_a_run_takes_settings_that_fit_its_card(gib, flags, size, said, monkeypa
     config = sfl.parse(flags.split())
     memory.make_it_fit(config, model, "cuda")
     printed = capsys.readouterr().err
-    assert printed.endswith(said) and bool(printed) == bool(said)
+    assert said in printed and bool(printed) == bool(said)
     assert ("not fit" in printed) != ("it fits" in memory.dry_run(config, model))
 
 
