@@ -188,8 +188,7 @@ class Engine:
         columns = max(len(r.prompt) + r.budget for r in requests)  # of a slot: tokens it can hold
         columns = 64 * math.ceil(columns / 64)  # rounded up, the table often fits the next call
         reusable = (self.table.reusable() if self.table else 0) - self.promised()  # bytes
-        affordable = memory.choose_slots(self.decoder, columns, len(requests), reusable)
-        slots = self.slots or affordable  # what was asked for comes first
+        slots = self.slots or memory.choose_slots(self.decoder, columns, len(requests), reusable)
         while True:
             try:
                 if self.table is None or not self.table.fits(self.decoder, slots, columns):

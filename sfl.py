@@ -641,8 +641,7 @@ def run(config, signals=None):
     if critic is not None:
         parameters.append({"params": critic.parameters(), "lr": config.critic_lr})
     # fused: on CUDA a step then takes no memory of its own. On a CPU it would round otherwise.
-    fused = device.startswith("cuda")
-    optimizer = torch.optim.AdamW(parameters, weight_decay=0.0, fused=fused)
+    optimizer = torch.optim.AdamW(parameters, weight_decay=0.0, fused=device.startswith("cuda"))
     if config.offload_optimizer:
         memory.offload(optimizer, device)
     else:  # the engine leaves room for Adam's moments

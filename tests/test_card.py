@@ -134,6 +134,15 @@ def test_the_host_waits_a_few_times_an_optimizer_step(monkeypatch):
     assert card.waits.total() <= 10 * len(microbatches) + 8 * steps
 
 
+def test_what_saves_memory_changes_nothing(base, monkeypatch):
+    flags = [*SMALL, "--kl_coef", "0.1", "--epochs", "2"]
+    saving = ["--gradient_checkpointing", "--offload_optimizer", "--tokens_per_microbatch", "256"]
+    expected, _, _ = gpu.run(base, "ppo", "cpu", "float32", *flags)
+    with Card(monkeypatch):
+        found, _, _ = gpu.run(base, "ppo", "cuda", "float32", *flags, *saving)
+    assert gpu.differences(found, expected) == []
+
+
 def test_metrics_that_differ_are_named():
     row = {"grad_norm": 1.0, "seconds_update": 3.0}
     assert gpu.differences([row], [row | {"seconds_update": 4.0}]) == []
