@@ -78,7 +78,7 @@ class Card(TorchFunctionMode):
             self.patch(cuda, name, getattr(self, name))
         self.patch(cuda, "CUDAGraph", types.SimpleNamespace)
         self.patch(cuda, "current_stream", lambda: self.current)
-        answers = {"current_device": 0, "synchronize": None}
+        answers = {"current_device": 0, "synchronize": None, "get_device_capability": (9, 0)}
         answers |= {"mem_get_info": (2**36, 2**37), "memory_reserved": 0, "memory_allocated": 0}
         answers |= {"is_available": kind == "cuda", "is_bf16_supported": True, "empty_cache": None}
         answers |= {"reset_peak_memory_stats": None, "max_memory_allocated": 0}
