@@ -249,9 +249,10 @@ def shallow(size, layers=2):
 
 @pytest.mark.parametrize("flags", benchmark.UPDATES)
 def test_the_forecast_is_what_an_update_takes(flags):
-    """Within 10 %, by an account of tensors that hold no numbers."""
+    """By an account of tensors that hold no numbers. A chunk of the head that met the one before
+    would take 5 % more."""
     said, found = account.update_memory(shallow("1b"), flags)
-    assert said == pytest.approx(found, rel=0.1)
+    assert said == pytest.approx(found, rel=0.03)
 
 
 @pytest.mark.parametrize("temperature, top_p", [(0.6, 0.9), (1.0, 1.0), (0.0, 1.0)])

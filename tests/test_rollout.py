@@ -399,7 +399,7 @@ def letters(ids):
 
 
 @pytest.mark.parametrize(
-    "kind, captured", [("llama", True), ("gemma2", True), ("mistral", False), ("gpt2", False)]
+    "kind, captured", [*((kind, True) for kind in MODELS), ("mistral", False), ("gpt2", False)]
 )
 def test_coarse_steps_and_graphs(kind, captured, coarse, monkeypatch):
     """Whatever the sizes of the steps, and whether they are replayed: the same responses."""
