@@ -282,7 +282,7 @@ class Settings:
     chat: Literal["auto", "on", "off"] = "auto"  # through the chat template; auto: if any *
     judges: int = 0  # processes that compare LaTeX; 0: one a core
     device: str = "auto"  # auto, cpu, cuda or mps
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: bfloat16 on CUDA
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: bfloat16 if fast
     seed: int = 0  # of the subset and of the samples
     against: str | None = None  # an evaluated run's folder, or its JSON: is this one better?
     save_samples: str | None = None  # a file for every response and its grade, a JSON a line

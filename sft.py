@@ -56,6 +56,7 @@ from plumbing import checkpoint
 from plumbing.batches import microbatches
 from plumbing.commands import check_limits, command_line, parse, progress_bar, require
 from plumbing.logprobs import no_dropout
+from plumbing.memory import precision
 from plumbing.processes import all_sum, rank
 from plumbing.tiny import TINY_MODEL, tiny_model, word_tokenizer
 from rollout import Rollout
@@ -333,8 +334,8 @@ def main(argv=None):
         texts = long_or_short(questions, settings.p_cot)
 
     model, tokenizer = checkpoint.load_model(settings.model, device=settings.device)
-    if model.device.type == "cuda":
-        settings.dtype = "bfloat16"  # of the matrix products alone: the weights stay in float32
+    # Of the matrix products alone: the weights stay in float32.
+    settings.dtype = precision("auto", model.device.type, model)
     examples = demonstrations(tokenizer, questions, texts, settings.chat)
     rng = np.random.default_rng(settings.seed)
     batches = epochs_of(examples, settings.epochs, settings.batch, rng)

@@ -22,7 +22,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from plumbing.commands import first_line, require
-from plumbing.memory import pick_device, precision
+from plumbing.memory import outline, pick_device, precision
 from plumbing.processes import from_first_process, many_processes, put_together, rank, take_apart
 
 try:
@@ -165,14 +165,17 @@ def load(out, models, rng, state):
 
 def load_model(path, *, device="cpu", dtype="float32"):
     """(model, tokenizer) of a folder, of a run's folder (its model/) or of a hub id. device: auto,
-    cpu, cuda, mps. dtype: float32, bfloat16, float16, or auto (bfloat16 on CUDA). Runs no code from
-    the hub; weights are safetensors, else .bin files, of which only tensors are read."""
+    cpu, cuda, mps. dtype: float32, bfloat16, float16, or auto (`memory.precision`). Runs no code
+    from the hub; weights are safetensors, else .bin files, of which only tensors are read."""
     asked, device = device, pick_device(device)
     if Path(path, "model", "config.json").exists():
         path = Path(path, "model")
-    how = {"dtype": getattr(torch, precision(dtype, device)), "weights_only": True}
+    how = {"weights_only": True}
     how |= {"ignore_mismatched_sizes": True, "output_loading_info": True}  # said below, in a line
     try:
+        if dtype == "auto":
+            dtype = precision(dtype, device, outline(path))
+        how["dtype"] = getattr(torch, dtype)
         model, info = AutoModelForCausalLM.from_pretrained(path, **how)
         tokenizer = AutoTokenizer.from_pretrained(path)
     except Exception as error:  # offline, no such folder, half a folder, an unknown architecture

@@ -108,10 +108,10 @@ def update_memory(model_config, flags, length=1024, prompt=128):
     activations. flags: sfl.py's. There are two micro-batches of rollouts of `length` tokens, of
     which `prompt` are the prompt's."""
     config = sfl.parse(["--dataset", "gsm8k", *flags.split()])
-    config.dtype = memory.precision(config.dtype, "cuda")
     is_ppo = config.algo == "ppo"
     _, account, models = fake_models(model_config, torch.float32, critic=is_ppo)
     models[0].head_is_plain = True  # `check_head` would compare numbers
+    config.dtype = memory.precision(config.dtype, "cuda", models[0])
     for model in models:
         if config.gradient_checkpointing:
             getattr(model, "backbone", model).gradient_checkpointing_enable()

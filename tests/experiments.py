@@ -7,6 +7,7 @@
     python tests/experiments.py gradients  # which way each method's gradient points
     python tests/experiments.py learners   # imitation against policy gradients: pass@k, samples
     python tests/experiments.py parity     # RL after next-token prediction
+    python tests/experiments.py words --model DIR --data DIR   # a pretrained model, word problems
     python tests/experiments.py cost       # an iteration of ppo and vineppo: seconds and tokens
     python tests/experiments.py spend      # --mc_spend bisect against all states at K = 256
     python tests/experiments.py theory     # improvement after one step against learnability
@@ -60,6 +61,7 @@ def flags_of(algo, name):
 
 
 def tune(args):
+    """Each curriculum's learning rate, one seed."""
     for algo in args.algos:
         for name in args.arms:
             arms = {f"lr {lr}": [*flags_of(algo, name), "--lr", lr] for lr in args.lrs}
@@ -67,6 +69,7 @@ def tune(args):
 
 
 def curricula(args):
+    """All curricula, each with its own settings."""
     for algo in args.algos:
         arms = {name: flags_of(algo, name) for name in args.arms}
         run_and_compare(args, algo, arms, f"{algo}-")
@@ -141,11 +144,28 @@ def map_of_shares(args, goal=0.8):
     save(figure, Path(args.out, "map.png"))
 
 
+# A pretrained model of 135 million parameters, on two cores. No arm's settings were tuned.
+WORDS = "--preset laptop --max_new_tokens 64 --eval_limit 0 --eval_every 10"
+
+
+def words(args):
+    """A pretrained model learns word problems: a warm start, then choosing against not choosing.
+    --data: a folder with demos.jsonl (with solutions), train.jsonl and test.jsonl."""
+    start = Path(args.runs, "words-sft")
+    if not (start / "config.json").exists():
+        demos = ["--dataset", f"{args.data}/demos.jsonl", "--model", args.model, "--chat", "off"]
+        how = ["--epochs", "2", "--batch", "32", "--lr", "5e-5", "--out", str(start)]
+        subprocess.run([sys.executable, str(ROOT / "sft.py"), *demos, *how], check=True)
+    arms = {}
+    for arm in args.arms:
+        algo, curriculum = arm.split("-")
+        learner = ["--algo", algo, "--curriculum", curriculum, "--lr", args.lr]
+        arms[arm] = ["--model", str(start), "--dataset", args.data, *WORDS.split(), *learner]
+    run_and_compare(args, "words", arms, "words-")
+
+
 def run_and_compare(args, title, arms, before, after=""):
     """arms: {name: flags}. The runs lie in folders named `before`, the arm, `after`, the seed."""
-    import sft
-
-    sft.tiny_base("runs/cache")  # once, not in each run
     folders, jobs = {}, {}
     for name in arms:
         arm = (before + name + after).replace(", ", "-").replace(" ", "-")
@@ -1075,6 +1095,16 @@ def add_flags(command, add):
     add("--out", default="runs/experiments", help="where the figures go")
     if command == "learners":
         add("--model", help="the model they start from (default: the tiny base)")
+    if command == "words":
+        add("--model", required=True, help="the pretrained model's folder, or its hub id")
+        add("--data", required=True, help="folder of demos.jsonl, train.jsonl and test.jsonl")
+        add("--lr", default="1e-5", help="of the policy (1e-5)")
+        add(
+            "--arms",
+            nargs="+",
+            default=["grpo-uniform", "grpo-posterior"],
+            metavar="ALGO-CURRICULUM",
+        )
     if command == "parity":
         add("--bits", type=int, default=24, help="of a question (24)")
     if command in ("cost", "theory", "spend"):
@@ -1112,8 +1142,8 @@ def add_values_flags(add):
     add("--max_new_tokens", type=int, help=f"longest response, in tokens; {run}")
 
 
-COMMANDS = (tune, curricula, map_of_shares, credit, gradients, learners, parity, cost, spend)
-COMMANDS += (theory, values)
+COMMANDS = (tune, curricula, map_of_shares, credit, gradients, learners, parity, words, cost)
+COMMANDS += (spend, theory, values)
 
 
 def parse(argv=None):

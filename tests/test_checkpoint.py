@@ -5,7 +5,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import sft
-from plumbing import checkpoint
+from plumbing import checkpoint, memory
 
 
 def test_load_model(tiny, tiny_folder):
@@ -53,3 +53,15 @@ def test_save_replaces_whole_files(tokenizer, tmp_path, monkeypatch):
     checkpoint.save_model(new, tokenizer, tmp_path / "model")
     assert same_weights(tmp_path / "model", new)
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+@pytest.mark.parametrize("native, expected", [(True, "bfloat16"), (False, "float32")])
+def test_auto_takes_bfloat16_where_it_is_fast(native, expected, tiny, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: native)
+    with torch.device("meta"):
+        large = torch.nn.Linear(4000, 4000)
+    assert memory.precision("auto", "cpu", large) == expected
+    assert memory.precision("auto", "cpu", tiny) == "float32"  # too small to gain
+    assert memory.precision("auto", "cuda:1", tiny) == "bfloat16"
+    assert memory.precision("auto", "mps", large) == "float32"
+    assert memory.precision("float32", "cuda", large) == "float32"  # what was asked for
