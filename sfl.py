@@ -170,10 +170,6 @@ LONG_ROUNDS = "--questions 1024 --iterations 8 --lr 1e-5 --eval_every 1 --save_e
 GSM8K = r"--dataset gsm8k --stop \n\n\nProblem: --curriculum "
 MATH = r"--dataset math --stop \n\n\nProblem: --model realtreetune/rho-1b-sft-MATH "
 MATH += "--iterations 1000 --curriculum "
-# Nobody's paper: for one card of 24 GB at home.
-HOME = """--algo grpo --dataset gsm8k --curriculum posterior --model Qwen/Qwen2.5-0.5B-Instruct
---temperature 1 --top_p 1 --max_new_tokens 512 --context 1024 --questions 32 --epochs 1 --kl_coef 0
---iterations 200 --gradient_checkpointing --tokens_per_microbatch 8192"""
 FAST = "sfl --refresh_every 10 --candidates 256 --buffer_size 64"
 PRESETS = {
     "uniform-gsm8k": GSM8K + "uniform",
@@ -185,7 +181,11 @@ PRESETS = {
     "sfl-fast-math": MATH + FAST,
     "lilo-math": MATH + "lilo",
     "grpo-orz": "--algo grpo --dataset orz --curriculum lilo",
-    "home-gsm8k": HOME,
+    # Nobody's paper: for one card of 24 GB at home.
+    "home-gsm8k": """--algo grpo --dataset gsm8k --curriculum posterior --questions 32 --epochs 1
+        --model Qwen/Qwen2.5-0.5B-Instruct --max_new_tokens 512 --context 1024 --iterations 200
+        --temperature 1 --top_p 1 --kl_coef 0 --gradient_checkpointing
+        --tokens_per_microbatch 8192""",
     # Nobody's paper: a model of 135 million parameters on two cores, 40 iterations in half an hour.
     "laptop": """--algo grpo --curriculum posterior --rho 1 --questions 8 --minibatch 64 --epochs 1
         --iterations 40 --lr 1e-5 --lr_schedule constant --kl_coef 0 --temperature 1 --top_p 1
