@@ -171,9 +171,10 @@ def response_values(critic, rollouts, config):
 
 
 @torch.no_grad()
-def rollout_outputs(output_of, model, rollouts, config, chosen=None):
+def rollout_outputs(output_of, model, rollouts, config, chosen=None, when_full=None):
     """Log-probs or values of rollouts, with no gradient: a list, (response length,) for each.
-    output_of(model, some rollouts, config) -> (tokens,). chosen: indices; the others get zeros."""
+    output_of(model, some rollouts, config) -> (tokens,). chosen: indices; the others get zeros.
+    when_full: called when memory runs out, before micro-batches of half as many tokens."""
     no_dropout(model)
     lengths = [len(r.response) for r in rollouts]
     outputs = per_token(rollouts, [0] * len(rollouts))
@@ -184,7 +185,7 @@ def rollout_outputs(output_of, model, rollouts, config, chosen=None):
         for i, piece in zip(some, pieces):
             outputs[i] = piece
 
-    in_microbatches(fill, rollouts, config, chosen)
+    in_microbatches(fill, rollouts, config, chosen, when_full)
     # Each process filled its share and left zeros elsewhere: the sum has all.
     joined = all_sum(torch.cat([torch.zeros(0), *outputs]))  # zeros(0): cat of nothing fails
     return list(joined.split(lengths))
@@ -284,7 +285,7 @@ def update(
     values=None,  # V(s_t), before the critic moves
     returns=None,  # the critic's targets
     rng=None,  # draws the minibatches
-    when_full=None,  # called when memory runs out, before micro-batches of half as many tokens
+    when_full=None,  # as in `rollout_outputs`
 ):
     """PPO's epochs of minibatches over an iteration's rollouts (arXiv 1707.06347, algorithm 1).
     With no critic it is the update of GRPO, RLOO and VinePPO. Micro-batches do not change a
@@ -309,14 +310,15 @@ def update(
     # From the second optimizer step on, the policy is no longer the one that sampled.
     if old_logprobs is None and config.epochs * minibatches > 1:
         active = np.flatnonzero(has_gradient)  # indices
-        old_logprobs = rollout_logprobs(policy, rollouts, config, active)
+        old_logprobs = rollout_logprobs(policy, rollouts, config, active, when_full)
     # What a micro-batch needs of each token, by the names of MicroBatch's fields.
     lists = {"advantages": advantages, "values": values, "returns": returns}
     lists |= {"old_logprobs": old_logprobs, "ref_logprobs": ref_logprobs}
     lists |= {"lengths": per_token(rollouts, lengths)}
-    padded = padded_lists(rollouts, policy, lists)  # {name: (rollouts, longest)}
+    padded = padded_lists(rollouts, lists)  # {name: (rollouts, longest)}
     in_response = padded["lengths"] > 0  # (rollouts, longest), False in the padding
     counts = {"skipped_minibatches": 0, "nonfinite_steps": 0}
+    device = next(policy.parameters()).device
 
     def learn(model, loss_of, minibatch, chosen, steps):
         """An optimizer step of one model. Its metrics are appended to `steps` if it is made.
@@ -324,8 +326,9 @@ def update(
         minibatch_tokens = int(lengths[minibatch].sum())
 
         def backward(some):
+            # Chosen on the CPU, which waits for nobody. (tokens,) each
             mask = in_response[some]  # (batch, longest)
-            joined = {name: entries[some][mask] for name, entries in padded.items()}  # (tokens,)
+            joined = {name: entries[some][mask].to(device) for name, entries in padded.items()}
             in_batch = [rollouts[i] for i in some]
             batch = MicroBatch(in_batch, len(minibatch), minibatch_tokens, **joined)
             loss, sums = loss_of(model, batch, config)
@@ -333,7 +336,7 @@ def update(
             return {name: total.detach() for name, total in sums.items()}
 
         # If memory runs out, the gradient so far goes, and all is done again in smaller parts.
-        clear = [optimizer.zero_grad] + ([when_full] if when_full else [])
+        clear = optimizer.zero_grad, when_full
         parts = in_microbatches(backward, rollouts, config, chosen, *clear)
         step = {"tokens": int(lengths[chosen].sum())}  # and, of each metric, the sum over them
         for name in parts[0]:

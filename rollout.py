@@ -126,6 +126,7 @@ class Engine:
         self.model = model  # being trained by others; here it is only read
         self.slots = slots  # responses decoded at once; None: as many as memory allows
         self.table = None  # `Slots`; made when a call needs it, or needs a larger one
+        self.promised = lambda: 0  # bytes that are free and that others will need
         self.decoder = model  # what decodes: the model itself, or a copy of it
         dtype = dtype or model.dtype  # in bfloat16 a decode step reads half the bytes
         # own_copy: copy it even if the dtype is the same, for a model that FSDP will take apart.
@@ -186,9 +187,8 @@ class Engine:
             return
         columns = max(len(r.prompt) + r.budget for r in requests)  # of a slot: tokens it can hold
         columns = 64 * math.ceil(columns / 64)  # rounded up, the table often fits the next call
-        reusable = self.table.reusable() if self.table else 0  # bytes
-        affordable = memory.choose_slots(self.decoder, columns, len(requests), reusable)
-        slots = self.slots or affordable  # what was asked for comes first
+        reusable = (self.table.reusable() if self.table else 0) - self.promised()  # bytes
+        slots = self.slots or memory.choose_slots(self.decoder, columns, len(requests), reusable)
         while True:
             try:
                 if self.table is None or not self.table.fits(self.decoder, slots, columns):
@@ -315,9 +315,10 @@ def harvest(released, stop_text):
 def draw_tokens(logits, uniform, sampling):
     """logits (slots, vocab), uniform (slots, 1) in [0, 1) -> tokens and their log-probs before
     truncation, (slots, 1) each."""
+    probs = logits  # no second name: each would keep (slots, vocab) numbers
     if sampling.temperature not in (0, 1):  # greedy: as they are
-        logits = logits.float() / sampling.temperature
-    probs = logits.softmax(-1, dtype=torch.float32)  # (slots, vocab)
+        probs = probs.float() / sampling.temperature
+    probs = probs.softmax(-1, dtype=torch.float32)  # (slots, vocab)
     if sampling.temperature == 0:
         token = logits.argmax(-1, keepdim=True)  # (slots, 1)
     else:

@@ -181,6 +181,11 @@ PRESETS = {
     "sfl-fast-math": MATH + FAST,
     "lilo-math": MATH + "lilo",
     "grpo-orz": "--algo grpo --dataset orz --curriculum lilo",
+    # Nobody's paper: for one card of 24 GB at home.
+    "home-gsm8k": """--algo grpo --dataset gsm8k --curriculum posterior --questions 32 --epochs 1
+        --model Qwen/Qwen2.5-0.5B-Instruct --max_new_tokens 512 --context 1024 --iterations 200
+        --temperature 1 --top_p 1 --kl_coef 0 --gradient_checkpointing
+        --tokens_per_microbatch 8192""",
     # Nobody's paper: a model of 135 million parameters on two cores, 40 iterations in half an hour.
     "laptop": """--algo grpo --curriculum posterior --rho 1 --questions 8 --minibatch 64 --epochs 1
         --iterations 40 --lr 1e-5 --lr_schedule constant --kl_coef 0 --temperature 1 --top_p 1
@@ -423,6 +428,7 @@ def train(config, policy, critic, reference, optimizer, pool, evaluate, start, r
     out = Path(config.out)
     log = report.Log(out, config)
     bar = commands.progress_bar(out.name, config.iterations, "iteration", rank() == 0, start)
+    free = pool.engine.free  # if memory runs out, the idle KV cache goes first
     result = {}
     signals.wait = True  # Ctrl-C lets the iteration finish
     for iteration in range(start, config.iterations):
@@ -441,7 +447,7 @@ def train(config, policy, critic, reference, optimizer, pool, evaluate, start, r
         clock = time.perf_counter()
         advantages = values = returns = None
         if config.algo == "ppo":  # with V(s_t) of the critic, before this iteration trains it
-            values = ppo.rollout_values(critic, rollouts, config)
+            values = ppo.rollout_values(critic, rollouts, config, when_full=free)
             advantages, returns = ppo.response_gae(values, batch.rewards.flatten(), config)
         elif config.algo == "vineppo":  # with fresh rollouts from the same state
             advantages, spent = monte_carlo_credit(pool, config, batch)
@@ -456,7 +462,7 @@ def train(config, policy, critic, reference, optimizer, pool, evaluate, start, r
         # --- 3. update
         clock = time.perf_counter()
         if config.offload_optimizer:
-            pool.engine.free()  # the KV cache and Adam's moments need not fit together
+            free()  # the KV cache and Adam's moments need not fit together
         share = learning_rate_share(config, iteration)
         for group, lr in zip(optimizer.param_groups, (config.lr, config.critic_lr)):
             group["lr"] = lr * share
@@ -465,14 +471,13 @@ def train(config, policy, critic, reference, optimizer, pool, evaluate, start, r
             logged |= imitate(pool, config, policy, reference, optimizer, batch, rng, state)
         else:
             if config.kl_coef > 0:
-                ref_logprobs = ppo.rollout_logprobs(reference, rollouts, config)
+                ref_logprobs = ppo.rollout_logprobs(reference, rollouts, config, when_full=free)
             logged |= ppo.update(
                 policy, optimizer, rollouts, advantages, config, ref_logprobs=ref_logprobs,
-                critic=critic, values=values, returns=returns, rng=rng,
-                when_full=pool.engine.free,
+                critic=critic, values=values, returns=returns, rng=rng, when_full=free,
             )  # fmt: skip
         if config.kl_sample > 0 and ref_logprobs is None:  # measured, not in the loss
-            logged["kl"] = kl_to_start(config, reference, rollouts)
+            logged["kl"] = kl_to_start(config, reference, rollouts, free)
         logged["seconds_update"] = time.perf_counter() - clock
 
         # --- 4. measure, log, save
@@ -542,12 +547,12 @@ def imitate(pool, config, policy, reference, optimizer, batch, rng, state):
     return sft.imitate(policy, start, examples, lr, config, rng)
 
 
-def kl_to_start(config, reference, rollouts):
+def kl_to_start(config, reference, rollouts, free):
     """KL(policy || starting model) a token (k3), from a few rollouts. It is the KL of the policy
-    that sampled them, before the update."""
+    that sampled them, before the update. free: called when memory runs out."""
     every = math.ceil(len(rollouts) / config.kl_sample)
     some = rollouts[::every]  # kl_sample at most, from all over the batch
-    ref = torch.cat(ppo.rollout_logprobs(reference, some, config))  # (tokens,)
+    ref = torch.cat(ppo.rollout_logprobs(reference, some, config, when_full=free))  # (tokens,)
     sampled = torch.tensor([x for rollout in some for x in rollout.logprobs])  # (tokens,)
     return float(ppo.kl_k3(ref, sampled).mean())
 
@@ -573,7 +578,7 @@ def run(config, signals=None):
     first = rank() == 0
 
     # --- device
-    device = memory.pick_device(config.device)
+    device = memory.pick_device(config.device, 0 if config.model == "tiny" else math.inf)
     if config.model == "tiny":
         torch.set_num_threads(min(2, torch.get_num_threads()))  # too small for more
 
@@ -591,6 +596,7 @@ def run(config, signals=None):
     policy, tokenizer = checkpoint.load_model(base, device=device)  # in float32
     config.dtype = memory.precision(config.dtype, device, policy)  # of its matrix products
     decode_dtype = getattr(torch, config.dtype)
+    memory.make_it_fit(config, policy, device)
     # rcrl: two new tokens in the prompt say what a response is worth. The policy does not know them
     # before it is trained: until then it is asked without them.
     untagged = copy.deepcopy(tokenizer)
@@ -638,9 +644,12 @@ def run(config, signals=None):
     parameters = [{"params": policy.parameters(), "lr": config.lr}]
     if critic is not None:
         parameters.append({"params": critic.parameters(), "lr": config.critic_lr})
-    optimizer = torch.optim.AdamW(parameters, weight_decay=0.0)
+    # fused: on CUDA a step then takes no memory of its own. On a CPU it would round otherwise.
+    optimizer = torch.optim.AdamW(parameters, weight_decay=0.0, fused=device.startswith("cuda"))
     if config.offload_optimizer:
         memory.offload(optimizer, device)
+    else:  # the engine leaves room for Adam's moments
+        engine.promised = partial(memory.moments_to_come, optimizer)
 
     # --- settings of sampling, grading and evaluating
     generation = {

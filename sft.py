@@ -100,7 +100,8 @@ def train(model, batches, *, lr, config=None, warmup=0.03, progress=False):
     config = config or Settings()
     # Adam divides by the size of recent gradients. With 0.95 "recent" means some 20 steps; the
     # usual 0.999 means 1000, and the large gradients of the beginning would count to the end.
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0, betas=(0.9, 0.95))
+    how = {"betas": (0.9, 0.95), "fused": model.device.type == "cuda"}
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0, **how)
     no_dropout(model)  # as in RL, where what samples and what learns must be the same policy
     steps = len(batches)
     rising = max(1, int(warmup * steps))  # steps of the warm-up

@@ -35,7 +35,8 @@ def microbatches(rollouts, tokens_per_microbatch, chosen=None):
 
 def in_microbatches(function, rollouts, config, chosen=None, *clear):
     """A list with function(indices) of each micro-batch. If memory runs out, from the start again
-    with half the tokens in each; first the functions `clear` forget what these ones left."""
+    with half the tokens in each; first the functions `clear` (None: no function) give memory back:
+    what these ones left, and what is idle."""
 
     def all_of_them():
         batches = microbatches(rollouts, config.tokens_per_microbatch, chosen)
@@ -61,15 +62,14 @@ def padded_batch(rollouts, model):
     return tokens.to(device), mask.to(device)
 
 
-def padded_lists(rollouts, model, lists):
-    """Lists with a tensor a rollout, of a number for each response token -> (rollouts, longest) on
-    the model's device. {name: list} -> {name: padded}; None is left out."""
+def padded_lists(rollouts, lists):
+    """Lists with a tensor a rollout, of a number for each response token -> (rollouts, longest), on
+    the CPU. {name: list} -> {name: padded}; None is left out."""
     lengths = [len(r.response) for r in rollouts]
-    device = next(model.parameters()).device
     padded = {}
     for name, entries in lists.items():
         if entries is not None:
-            padded[name] = pad_sequence(entries, batch_first=True).to(device)
+            padded[name] = pad_sequence(entries, batch_first=True)
             fits = [len(entry) for entry in entries] == lengths
             need = "needs a tensor a rollout, with a finite number for each response token"
             require(fits and padded[name].isfinite().all(), f"{name}: {need}")

@@ -142,6 +142,8 @@ def load(out, models, rng, state):
         parameters = [parameter for group in groups for parameter in group["params"]]
         for number, moments in saved["optimizer"]["state"].items():
             take_apart(moments, dict.fromkeys(moments, parameters[number]))
+        for group, mine in zip(saved["optimizer"]["param_groups"], groups):
+            group["fused"] = mine["fused"]  # the device's, which may be another one now
         models["optimizer"].load_state_dict(saved["optimizer"])
     except Exception as error:  # cut off, another program's, another model's
         reason = f"no usable {path} ({first_line(error)})"
@@ -165,7 +167,7 @@ def load_model(path, *, device="cpu", dtype="float32"):
     """(model, tokenizer) of a folder, of a run's folder (its model/) or of a hub id. device: auto,
     cpu, cuda, mps. dtype: float32, bfloat16, float16, or auto (`memory.precision`). Runs no code
     from the hub; weights are safetensors, else .bin files, of which only tensors are read."""
-    device = pick_device(device)
+    asked, device = device, pick_device(device)
     if Path(path, "model", "config.json").exists():
         path = Path(path, "model")
     how = {"weights_only": True}
@@ -189,7 +191,7 @@ def load_model(path, *, device="cpu", dtype="float32"):
     if unused and rank() == 0:
         which = f"{len(unused)} weights that this model has no use for ({unused[0]}, ...)"
         print(f"{str(path)!r} has {which}: they are left out", file=sys.stderr)
-    return model.to(device).eval(), tokenizer
+    return model.to(pick_device(asked, model.num_parameters())).eval(), tokenizer
 
 
 def save_model(model, tokenizer, folder, weights=None):

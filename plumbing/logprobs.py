@@ -121,6 +121,7 @@ class HeadLogprobs(torch.autograd.Function):
                 d_weight.addmm_(d_logits.T, hidden[rows])
             else:  # bfloat16 products, added up in float32
                 d_weight += d_logits.T @ hidden[rows].to(dtype)
+            del logits, p, d_logits, slope  # gone before the next chunk comes
         return d_hidden, d_weight, d_bias, None, None  # autograd casts them
 
 
@@ -154,7 +155,9 @@ def check_head(model):
 def mixed_precision(model, dtype):
     """'bfloat16': such matrix products over float32 weights (float16 would need scaled losses)."""
     device = next(model.parameters()).device.type
-    return torch.autocast(device, dtype=torch.bfloat16, enabled=dtype == "bfloat16")
+    how = {"enabled": dtype == "bfloat16", "dtype": torch.bfloat16}
+    # A pass uses each weight once. A cache would only keep the copies of all of them.
+    return torch.autocast(device, cache_enabled=False, **how)
 
 
 def no_dropout(model):

@@ -6,6 +6,8 @@
     python tests/benchmark.py iteration    # one of the default task, beside TRL's GRPOTrainer
     python tests/benchmark.py processes    # an iteration under torchrun, beside one process
     python tests/benchmark.py memory       # the peak of an iteration, beside sfl.py --dry_run's
+    python tests/benchmark.py forecast     # a card's, by account (nothing is run), beside the same
+    python tests/benchmark.py decode_cost  # of a decode step: kernels, bytes and time, by account
 
 Weights are random: speed does not depend on them. `COMMAND --help` lists the sizes.
 """
@@ -136,16 +138,21 @@ def generation(args):
 
 def load(name, dtype):
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
     if name not in SIZES and not Path(name).is_dir():
         raise ValueError(f"--model {name} is neither a folder nor a size: {', '.join(SIZES)}")
     if name not in SIZES:
         return AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, dtype))
+    return AutoModelForCausalLM.from_config(config_of(name), dtype=getattr(torch, dtype))
+
+
+def config_of(name):
+    from transformers import AutoConfig
+
     family, *numbers = SIZES[name]
     shape = dict(zip(SHAPE, numbers), tie_word_embeddings=name in ("135m", "0.5b"))
-    config = AutoConfig.for_model(family, **shape, max_position_embeddings=4096)
-    return AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
+    return AutoConfig.for_model(family, **shape, max_position_embeddings=4096)
 
 
 def by_generate(model, prompts, lengths, batch):
@@ -475,7 +482,7 @@ def measure_run(args):
         flags += ["--dtype", "float32"]
         settings = sfl.parse(flags)
         outline = memory.outline(settings.model)
-        said = memory.forecast(settings, outline, False)
+        said = memory.forecast(settings, outline, "cpu")
         torch.zeros(1)
         status = Path("/proc/self/status").read_text()
         before = 1024 * int(status.split("VmRSS:")[1].split()[0])
@@ -490,6 +497,38 @@ def measure_run(args):
         return sum(said.values()), peak_memory(torch.device("cpu")) - before
 
 
+# --------------------------------------------------------------------------- by account
+
+UPDATES = ["--algo grpo", "--algo ppo", "--algo ppo --gradient_checkpointing"]
+UPDATES += ["--algo grpo --gradient_checkpointing", "--algo grpo --dtype float32"]
+
+
+def forecast(args):
+    """Of an update on a card: the peak of trained weights, gradients, moments and activations, by
+    an account of tensors that hold no numbers, beside the forecast. Nothing is measured."""
+    import account
+
+    config = config_of(args.model)
+    print(f"{'':42} {'said':>8} {'account':>8}  ratio")
+    for flags in UPDATES:
+        tokens = f" --tokens_per_microbatch {args.tokens}"
+        said, found = account.update_memory(config, flags + tokens)
+        sizes = f"{said / 2**30:8.2f} {found / 2**30:8.2f}"
+        print(f"{args.model:5}{flags:37} {sizes} GiB {said / found:.2f}", flush=True)
+
+
+def decode_cost(args):
+    """Of a decode step on an H100, in bfloat16: kernels, bytes and the time that they need at
+    least, by an account of its operations. Nothing is measured."""
+    import account
+
+    from rollout import Sampling
+
+    for temperature, top_p in ((0.6, 0.9), (1.0, 1.0), (0.0, 1.0)):
+        sampling = Sampling(temperature, top_p, 0, frozenset([2]))
+        print(account.decode_report(config_of(args.model), args.rows, args.columns, sampling))
+
+
 # --------------------------------------------------------------------------- the command line
 
 
@@ -498,7 +537,8 @@ def parse(argv=None):
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for command in (generation, nucleus, logprobs, iteration, processes, memory):
+    accounts = forecast, decode_cost
+    for command in (generation, nucleus, logprobs, iteration, processes, memory, *accounts):
         add = commands.add_parser(command.__name__, description=command.__doc__)
         add.set_defaults(run=command)
         add.add_argument("--runs", type=positive, default=5, help="of each contender (5)")
@@ -528,6 +568,13 @@ def parse(argv=None):
             add.add_argument("--width", type=positive, default=512, help="of the model (512)")
             add.add_argument("--layers", type=positive, default=8, help="of the model (8)")
             add.add_argument("--measure", help=argparse.SUPPRESS)
+        if command in accounts:
+            add.add_argument("--model", default="0.5b", choices=SIZES)
+        if command is forecast:
+            add.add_argument("--tokens", type=positive, default=16384, help="a micro-batch (16384)")
+        if command is decode_cost:
+            add.add_argument("--rows", type=positive, default=512, help="decoded at once (512)")
+            add.add_argument("--columns", type=positive, default=1280, help="of the cache (1280)")
         if command is iteration:
             add.add_argument("--rival", choices=("trl", "none"), default="trl")
     return parser.parse_args(argv)

@@ -95,7 +95,7 @@ def run(base, algo, device, dtype, *flags):
         given = ["--algo", algo, "--model", base, "--out", f"{folder}/run", "--device", device]
         given += "--iterations 2 --questions 16 --eval_limit 16 --eval_every 2".split()
         config = sfl.parse([*given, "--dtype", dtype, *flags])
-        said = memory.forecast(config, model, dtype == "bfloat16")
+        said = memory.forecast(config, model, device)
         torch.cuda.empty_cache()
         peak_memory(torch.device(device), reset=True)
         with commands.signals_wait() as signals:

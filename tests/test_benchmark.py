@@ -45,6 +45,15 @@ def test_iteration(capsys):
     assert "sfl, ppo" in capsys.readouterr().out
 
 
+def test_accounts(capsys, monkeypatch):
+    monkeypatch.setattr(benchmark, "UPDATES", ["--algo grpo"])
+    benchmark.main("forecast --model tiny --tokens 512".split())
+    assert "tiny --algo grpo" in capsys.readouterr().out
+    benchmark.main("decode_cost --model tiny --rows 8 --columns 64".split())
+    out = capsys.readouterr().out
+    assert out.count("ms a step at least") == 3 and "attention" in out
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [

@@ -1,5 +1,6 @@
 """The engine against model.generate, fresh forwards, exact distributions and counted work."""
 
+import contextlib
 import copy
 import gc
 import io
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 import transformers as hf
-from card import Card, Waits
+from card import Card
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves
 
@@ -189,7 +190,14 @@ def truncated(probs, top_k=0, top_p=1.0):
     return np.array(kept) / sum(kept)
 
 
-def test_top_k_top_p():
+def as_on_cuda(probs, top_p):
+    """The nucleus that a graph can compute."""
+    return nucleus.nucleus_by_histogram(probs, (1 - top_p) * probs.sum(-1, keepdim=True))
+
+
+@pytest.mark.parametrize("nucleus_of", [rollout.least_of_nucleus, as_on_cuda])
+def test_top_k_top_p(nucleus_of, monkeypatch):
+    monkeypatch.setattr(rollout, "least_of_nucleus", nucleus_of)
     rng = np.random.default_rng(0)
     for case in range(200):
         vocab = int(rng.integers(2, 60) if case % 2 else rng.integers(60, 200))
@@ -384,11 +392,6 @@ def coarse(monkeypatch):
     monkeypatch.setattr(slots, "step_sizes", sizes)
 
 
-def bisected(probs, top_p):
-    """The nucleus as on CUDA."""
-    return nucleus.bisect_nucleus(probs, top_p * probs.sum(-1, keepdim=True), top_p)
-
-
 def letters(ids):
     """A tokenizer's decode: 3 is a, 4 is b, ... and 90 is 'ab.\\n', 91 '\\nQ'."""
     pieces = {90: "ab.\n", 91: "\nQ"}
@@ -396,7 +399,7 @@ def letters(ids):
 
 
 @pytest.mark.parametrize(
-    "kind, captured", [("llama", True), ("gemma2", True), ("mistral", False), ("gpt2", False)]
+    "kind, captured", [*((kind, True) for kind in MODELS), ("mistral", False), ("gpt2", False)]
 )
 def test_coarse_steps_and_graphs(kind, captured, coarse, monkeypatch):
     """Whatever the sizes of the steps, and whether they are replayed: the same responses."""
@@ -405,20 +408,18 @@ def test_coarse_steps_and_graphs(kind, captured, coarse, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(slots, "step_sizes", graphs.step_sizes)
         expected = generate(make(kind), prompts, **how)
-    if captured:  # as on CUDA
-        card = Card(monkeypatch)
-        monkeypatch.setattr(rollout, "least_of_nucleus", bisected)
-    engine = Engine(make(kind), slots=16)
-    how.pop("slots")
-    assert responses(engine.generate(prompts, stats=stats, **how)) == responses(expected)
-    assert stats["tokens_generated"] == sum(len(r.response) for r in flat(expected))
     few = {"max_new_tokens": 9, "temperature": 0, "stop_ids": [2]}  # free slots decode on
-    greedy = [[reference_greedy(engine.model, p, 9, [2])] for p in prompts[:3]]
-    assert responses(engine.generate(prompts[:3], **few)) == greedy
-    if captured:
-        assert card.replays > stats["steps"]
+    greedy = [[reference_greedy(make(kind), p, 9, [2])] for p in prompts[:3]]
+    card = Card(monkeypatch)
+    with card if captured else contextlib.nullcontext():
+        engine = Engine(make(kind).to("cuda" if captured else "cpu"), slots=16)
+        how.pop("slots")
+        assert responses(engine.generate(prompts, stats=stats, **how)) == responses(expected)
+        assert stats["tokens_generated"] == sum(len(r.response) for r in flat(expected))
+        assert responses(engine.generate(prompts[:3], **few)) == greedy
         gc.collect()  # a graph keeps what it reads
         assert responses(engine.generate(prompts, **how)) == responses(expected)
+    assert card.replays > stats["steps"] or not captured
 
 
 @pytest.mark.parametrize("error", [RuntimeError("Cannot copy"), torch.OutOfMemoryError("full")])
@@ -427,37 +428,41 @@ def test_a_failed_capture_leaves_no_trace(monkeypatch, error):
     model = make()
     settings = {"max_new_tokens": 9, "seed": 1, "slots": 4, "stop_ids": [2]}
     expected = generate(model, make_prompts(), **settings)
-    card = Card(monkeypatch, error)
-    with pytest.warns(UserWarning, match="no CUDA graph, so decoding is slower") as record:
-        assert generate(model, make_prompts(), **settings) == expected
+    warned = pytest.warns(UserWarning, match="no CUDA graph, so decoding is slower")
+    with warned as record, Card(monkeypatch, error) as card:
+        got = generate(model.to("cuda"), make_prompts(), **settings)
+    assert responses(got) == responses(expected)
     assert card.current == "default" and card.ended == [(0, 1)] and card.replays == 0
     assert len([w for w in record if "no CUDA graph" in str(w.message)]) == 1
 
 
 def test_a_step_that_waits_for_the_card_is_found_before_a_capture(monkeypatch):
-    card, state, captured = Card(monkeypatch), [torch.zeros(3)], []
-    monkeypatch.setattr(torch.cuda, "graph", lambda *a, **k: captured.append(a))
+    captured = []
 
     def step():
         state[0] += 1
-        if card.mode == "error":
-            raise RuntimeError("called a synchronizing CUDA operation")
+        return state[0].tolist()
 
-    with pytest.warns(UserWarning, match="no CUDA graph.*synchronizing"):
-        again = graphs.Graphs().replay_of("key", step, state)
-    assert again is step and not captured and card.mode == 0
-    assert state[0].tolist() == [0, 0, 0]  # the trial is undone
+    with Card(monkeypatch) as card:
+        monkeypatch.setattr(torch.cuda, "graph", lambda *a, **k: captured.append(a))
+        state = [torch.zeros(3, device="cuda")]
+        with pytest.warns(UserWarning, match="no CUDA graph.*synchronizing"):
+            again = graphs.Graphs().replay_of("key", step, state)
+        assert again is step and not captured and card.mode == 0
+        assert state[0].tolist() == [0, 0, 0]  # the trial is undone
 
 
 @pytest.mark.parametrize("stop", [False, True])
-def test_the_host_rarely_waits(stop, coarse):
-    """At most twice a decode step, however many layers there are."""
-    engine, stats = Engine(make(num_hidden_layers=6), slots=16), {}
-    stop_ids = StopText(NEVER, "cd", letters) if stop else NEVER
-    with Waits() as waits:
-        budget = geometric(40, 25, 60)
+def test_the_host_rarely_waits(stop, coarse, monkeypatch):
+    """At most twice a decode step, however many layers there are; for any line, once."""
+    stop_ids, stats = StopText(NEVER, "cd", letters) if stop else NEVER, {}
+    budget = geometric(40, 25, 60)
+    with Card(monkeypatch) as card:
+        engine = Engine(make(num_hidden_layers=6).to("cuda"), slots=16)
+        card.waits.clear()
         engine.generate(make_prompts(40), max_new_tokens=budget, stop_ids=stop_ids, stats=stats)
-    assert 0 < waits.count <= 2 * stats["steps"]
+    assert 0 < card.waits.total() <= 2 * stats["steps"]
+    assert max(card.waits.values()) <= stats["steps"]
 
 
 def test_free_slots_stay_sane(coarse):
@@ -478,7 +483,7 @@ def test_free_slots_stay_sane(coarse):
 @pytest.mark.parametrize("temperature", [0, 0.7])
 def test_a_step_reads_nothing_back(kind, temperature, monkeypatch):
     """What a CUDA graph demands. Fake tensors hold no numbers: looking at one would raise."""
-    monkeypatch.setattr(rollout, "least_of_nucleus", bisected)
+    monkeypatch.setattr(rollout, "least_of_nucleus", as_on_cuda)
     monkeypatch.setattr(attention, "check_servable", lambda model: None)
     monkeypatch.setattr(slots, "weights_of", lambda model: None)  # fake ones lie nowhere
     sampling = Sampling(temperature, 0.9, 5, set())
