@@ -26,7 +26,7 @@ One iteration of training, `train` from top to bottom:
         +--- learnability <--- successes      policy <--ppo.update-- advantages <----+
             ppo: critic; vineppo: Monte Carlo; grpo, rloo: group; expert, rcrl: imitation, sft.py
 
-This file in order: settings; the curricula, five ways to choose; the loop; the set-up that makes
+This file in order: settings; the curricula, eight ways to choose; the loop; the set-up that makes
 policy, critic and optimizer; the command line. `minimal.py` is all of it, naive.
 """
 
@@ -58,6 +58,9 @@ from rollout import Engine, Rollout, seed_of
 # --------------------------------------------------------------------------- settings
 
 
+Choosers = Literal["uniform", "sfl", "lilo", "dapo", "greso", "pools", "mopps", "posterior"]
+
+
 @dataclass
 class Settings:
     """Reinforcement learning on the questions that a model can almost answer. The defaults below
@@ -67,7 +70,7 @@ class Settings:
     # The defaults are the papers' on GSM8K (arXiv 2502.12272, 2410.01679), the names in brackets
     # their symbols. For data made here, and with a preset, flags below the class replace some.
     algo: Literal["ppo", "vineppo", "grpo", "rloo", "expert", "rcrl"] = "ppo"  # how it learns
-    curriculum: Literal["uniform", "sfl", "lilo", "dapo", "posterior"] = "sfl"  # chooses questions
+    curriculum: Choosers = "sfl"  # chooses questions
     iterations: int = 650  # iterations of training
     seed: int = 0  # of everything random in the training
 
@@ -79,8 +82,8 @@ class Settings:
     candidates: int = 1280  # sfl: questions scored each time (N)
     buffer_size: int = 256  # sfl: how many of them are kept (K)
     score_rollouts: int = 8  # sfl: responses to each candidate (L)
-    max_candidates: int = 256  # lilo, dapo: questions drawn in an iteration, at most
-    memory: float = 0.98  # posterior: share of the evidence that an iteration keeps
+    max_candidates: int = 256  # lilo, dapo, greso, mopps: questions drawn in an iteration, at most
+    memory: float = 0.98  # posterior: share of the evidence an iteration keeps; mopps: a visit
 
     # sampling
     temperature: float = 0.6  # of the sampling, and of the log-probs in the loss
@@ -222,6 +225,10 @@ class Batch:
     rewards: np.ndarray  # (Q, n), 0 or 1
     seconds: float = 0.0  # that sampling and grading took
 
+    def counts(self):
+        successes = self.rewards.sum(1)
+        return np.stack([successes, self.rewards.shape[1] - successes], 1)  # (Q, 2)
+
     def learnability(self):
         return learnability(self.rewards.sum(1), self.rewards.shape[1])  # (Q,)
 
@@ -312,6 +319,13 @@ def dapo(pool, config, state, rng):
     """Dynamic sampling (DAPO, arXiv 2503.14476): draw questions until the batch is full of those
     whose responses disagree. The first ones are taken: 4 right of 8 count no more than 1 of 8."""
     order = rng.permutation(len(pool.questions))[: config.max_candidates]  # (candidates,)
+    drawn = until_full(pool, config, order)
+    return drawn.take(range(config.questions)), report.of_candidates(drawn)
+
+
+def until_full(pool, config, order):
+    """Sample questions in this order, a batch at a time, until as many as a batch disagree. Returns
+    all that were sampled, those that disagree first."""
     batches = []
     learnable = 0  # questions so far whose responses disagree
     for start in range(0, len(order), config.questions):
@@ -325,9 +339,62 @@ def dapo(pool, config, state, rng):
         np.concatenate([batch.rewards for batch in batches]),
         sum(batch.seconds for batch in batches),
     )
-    # A stable sort: the learnable ones in their order, then (if they are too few) the others.
-    first = np.argsort(drawn.learnability() == 0, kind="stable")[: config.questions]
-    return drawn.take(first), report.of_candidates(drawn)
+    # A stable sort: the learnable ones in their order, then the others.
+    return drawn.take(np.argsort(drawn.learnability() == 0, kind="stable"))
+
+
+GRESO_SHARES = (1 / 6, 1 / 12)  # wanted among the drawn: failed by all responses, solved by all
+
+
+def greso(pool, config, state, rng):
+    """Dynamic sampling that skips (GRESO, arXiv 2506.02177). If the latest z visits to a question
+    all failed, or all solved it, it is drawn with the chance q^z; q adapts to GRESO_SHARES."""
+    streaks = np.array(state.setdefault("streaks", [0] * len(pool.questions)))  # z; failed: -z
+    q = np.array(state.setdefault("q", [0.5, 0.5]))  # of the failed, of the solved
+    chance = np.maximum(np.where(streaks < 0, *q) ** abs(streaks), 0.01)
+    skipped = rng.random(len(streaks)) > chance
+    order = sorted(rng.permutation(len(streaks)), key=skipped.__getitem__)  # skipped ones: last
+    drawn = until_full(pool, config, order[: config.max_candidates])
+    agree = (drawn.rewards.min(1) == 1).astype(int) - (drawn.rewards.max(1) == 0)  # 1, 0 or -1
+    before = streaks[drawn.questions]
+    streaks[drawn.questions] = agree + before * (agree * before > 0)
+    q += np.where(np.less([(agree < 0).mean(), (agree > 0).mean()], GRESO_SHARES), 0.01, -0.01)
+    state |= {"streaks": streaks.tolist(), "q": q.clip(0.05, 0.95).tolist()}
+    return drawn.take(range(config.questions)), report.of_candidates(drawn)
+
+
+OUTER_ODDS = 0.2  # of an easy or a hard question, where one between has 1
+
+
+def pools(pool, config, state, rng):
+    """prime-rl's difficulty pools: the odds of a question follow from its latest success alone."""
+    latest = np.array(state.setdefault("latest", [0.5] * len(pool.questions)))  # unseen: odds 1
+    odds = np.where((latest > 1 / 4) & (latest <= 3 / 4), 1, OUTER_ODDS)
+    chosen = rng.choice(len(odds), config.questions, replace=False, p=odds / odds.sum())
+    batch = pool.sample(chosen, config.rollouts)
+    latest[chosen] = batch.rewards.mean(1)
+    state["latest"] = latest.tolist()
+    return batch, {}
+
+
+def mopps(pool, config, state, rng):
+    """MoPPS (arXiv 2507.04632): each p_i is drawn from Beta(alpha_i, beta_i), at first Beta(1, 1).
+    The candidates nearest 1/2 are taken. Only questions that are seen forget."""
+    counts = np.array(state.setdefault("counts", [[1.0, 1.0]] * len(pool.questions)))  # alpha, beta
+    candidates = rng.permutation(len(counts))[: config.max_candidates]
+    distance = abs(rng.beta(*counts[candidates].T) - 1 / 2)  # Thompson sampling
+    chosen = candidates[np.argsort(distance)[: config.questions]]
+    expected = expected_learnability(*counts[chosen].T)
+    batch = pool.sample(chosen, config.rollouts)
+    # alpha <- lambda alpha + (1 - lambda) alpha_0 + s_i with alpha_0 = 1, and beta with f_i
+    counts[chosen] = config.memory * counts[chosen] + (1 - config.memory) + batch.counts()
+    state["counts"] = counts.round(6).tolist()
+    return batch, {"learnability_expected": float(expected.mean())}
+
+
+def expected_learnability(alpha, beta):
+    """E[p (1 - p)] of p ~ Beta(alpha, beta), elementwise."""
+    return alpha * beta / ((alpha + beta) * (alpha + beta + 1))
 
 
 # Before anything is seen: a made-up question's weight, success rate and learnability.
@@ -339,7 +406,9 @@ LEAST_COUNT = 1e-3  # of alpha and beta: no question's odds may fall to 0
 
 
 def posterior(pool, config, state, rng):
-    """Learnability from training rollouts alone: nothing is sampled only to be scored.
+    """Learnability from training rollouts alone: nothing is sampled only to be scored. So do MoPPS
+    and BOTS (arXiv 2510.26374); CurES (2510.01037) scores first, PCL (2510.01135) asks a value
+    model. Ours are a prior for each level, fitted by moments, counts that all decay, and the odds.
 
     Question i has had s_i successes and f_i failures. Both are multiplied by `memory` in each
     iteration, because the policy that had them has moved. The prior of its success rate p_i is its
@@ -347,12 +416,8 @@ def posterior(pool, config, state, rng):
 
         alpha = strength mean + s_i,    beta = strength (1 - mean) + f_i.
 
-    A share rho of the batch is drawn with odds in proportion to the square of
-
-        E[p (1 - p)] = alpha beta / ((alpha + beta) (alpha + beta + 1)).
-
-    To take the largest ones would not do: they would come again and again, and nothing would be
-    learned about the others."""
+    A share rho of the batch is drawn with odds in proportion to E[p (1 - p)]^2. To take the largest
+    ones would not do: they would come again and again, and nothing be learned about the others."""
     # (questions, 2): successes and failures of each question
     counts = np.array(state.setdefault("counts", [[0.0, 0.0]] * len(pool.questions)))
     levels, level_of = np.unique(pool.levels(), return_inverse=True)
@@ -367,7 +432,7 @@ def posterior(pool, config, state, rng):
     # 2. Draw questions by their expected learnability, then sample responses.
     alpha = np.maximum(prior_alpha + counts[:, 0], LEAST_COUNT)  # (questions,)
     beta = np.maximum(prior_beta + counts[:, 1], LEAST_COUNT)
-    expected = alpha * beta / ((alpha + beta) * (alpha + beta + 1))  # E[p (1 - p)]
+    expected = expected_learnability(alpha, beta)
     odds = expected**2 / (expected**2).sum()
     by_odds = round(config.rho * config.questions)
     chosen = rng.choice(len(pool.questions), by_odds, replace=False, p=odds)
@@ -382,8 +447,7 @@ def posterior(pool, config, state, rng):
     observed = [np.ones(len(chosen)), batch.rewards.mean(1), batch.learnability()]
     observed = np.stack(observed, 1)  # (Q, 3)
     np.add.at(seen, level_of[chosen], weight * observed)  # += would count a level once only
-    successes = batch.rewards.sum(1)  # (Q,)
-    counts[chosen] += np.stack([successes, config.rollouts - successes], 1)
+    counts[chosen] += batch.counts()
     state["counts"] = counts.round(6).tolist()  # plain lists: they go into the checkpoint
     state["seen"] = seen.round(6).tolist()
     return batch, {"learnability_expected": float(expected[chosen].mean())}
@@ -402,7 +466,8 @@ def beta_prior(seen):
     return mean, np.clip(learnable / variance, *STRENGTHS)
 
 
-CURRICULA = {"uniform": uniform, "sfl": sfl, "lilo": lilo, "dapo": dapo, "posterior": posterior}
+CURRICULA = {"uniform": uniform, "sfl": sfl, "lilo": lilo, "dapo": dapo, "greso": greso}
+CURRICULA |= {"pools": pools, "mopps": mopps, "posterior": posterior}
 
 
 def most(scores, k, rng):

@@ -23,7 +23,8 @@ def check_settings(config):
     check_limits(config, **limits)
     above = "--temperature and --top_p must be above 0: training samples differ"
     require(config.temperature > 0 and config.top_p > 0, above)
-    compares = config.algo in ("grpo", "rloo") or config.curriculum in ("lilo", "dapo", "posterior")
+    choosers = ("lilo", "dapo", "greso", "posterior")
+    compares = config.algo in ("grpo", "rloo") or config.curriculum in choosers
     what = f"{config.algo} with {config.curriculum} compares responses to one question"
     too_few = f"--rollouts {config.rollouts}: {what}: give at least 2"
     require(config.rollouts > 1 or not compares, too_few)
@@ -51,7 +52,7 @@ def check_sizes(config, size):
         need("candidates", config.candidates, size, all_questions)
         need("buffer_size", config.buffer_size, config.candidates, "--candidates")
         need("rho times --questions", chosen, config.buffer_size, "--buffer_size")
-    if config.curriculum in ("lilo", "dapo"):
+    if config.curriculum in ("lilo", "dapo", "greso", "mopps"):
         need("max_candidates", config.max_candidates, size, all_questions)
         need("questions", config.questions, config.max_candidates, "--max_candidates")
 

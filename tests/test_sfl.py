@@ -193,6 +193,65 @@ def test_dapo_takes_the_first_that_disagree():
     assert logged["pool"] in (8, 16) and (batch.learnability() > 0).all()
 
 
+def test_mopps_takes_the_draws_nearest_a_half_and_forgets_only_what_it_saw():
+    args, rng, same = settings(memory=0.6), np.random.default_rng(3), np.random.default_rng(3)
+    sample, state, ab = Simulator(P), {}, {i: (1.0, 1.0) for i in range(100)}
+    for iteration in range(30):
+        batch, logged = choose(sfl.mopps, args, sample, state, iteration, rng)
+        candidates = same.permutation(100)[:40].tolist()
+        p = dict(zip(candidates, same.beta(*zip(*[ab[i] for i in candidates]))))
+        nearest = sorted(candidates, key=lambda i: (p[i] - 0.5) ** 2)[:8]
+        assert batch.questions.tolist() == nearest and batch is sample.calls[-1]
+        means = [a * b / (a + b) / (a + b + 1) for a, b in (ab[i] for i in nearest)]
+        assert logged["learnability_expected"] == pytest.approx(np.mean(means), abs=1e-5)
+        for i, successes in zip(nearest, batch.rewards.sum(1)):
+            a, b = ab[i]
+            ab[i] = 0.6 * a + 0.4 * 1 + successes, 0.6 * b + 0.4 * 1 + 8 - successes
+        assert np.allclose(state["counts"], list(ab.values()), atol=1e-4)
+
+
+def test_greso_skips_by_the_length_of_the_streak_and_adapts():
+    args, rng, same = settings(), np.random.default_rng(4), np.random.default_rng(4)
+    sample, state, visits = Simulator(P), {}, {i: [] for i in range(100)}
+    solved, failed = 0.5, 0.5  # q
+    for iteration in range(60):
+        first = len(sample.calls)
+        batch, logged = choose(sfl.greso, args, sample, state, iteration, rng)
+        skipped = set()
+        for i, chance in enumerate(same.random(100)):
+            latest = visits[i][-1:] or [4]
+            changes = [n for n, k in enumerate(reversed(visits[i])) if k != latest[0]]
+            z = changes[0] if changes else len(visits[i])
+            keep = {0: failed**z, 8: solved**z}.get(latest[0], 1)
+            skipped |= {i} if chance > max(keep, 0.01) else set()
+        order = same.permutation(100).tolist()
+        order = [i for i in order if i not in skipped] + [i for i in order if i in skipped]
+        drawn = np.concatenate([call.questions for call in sample.calls[first:]]).tolist()
+        rewards = np.concatenate([call.rewards for call in sample.calls[first:]])
+        assert drawn == order[: len(drawn)] and len(drawn) <= 40 and logged["pool"] == len(drawn)
+        disagree = [i for i, row in zip(drawn, rewards) if 0 < row.sum() < 8]
+        assert batch.questions.tolist()[: len(disagree)] == disagree[:8]
+        for i, row in zip(drawn, rewards):
+            visits[i].append(int(row.sum()))
+        solved += 0.01 if (rewards.sum(1) == 8).mean() < 1 / 12 else -0.01
+        failed += 0.01 if (rewards.sum(1) == 0).mean() < 1 / 6 else -0.01
+        assert state["q"] == pytest.approx([failed, solved]) and 0.05 < failed < 0.95
+    often = [len(visits[i]) for i in range(90, 100)]
+    assert np.mean(often) > 3 * np.mean([len(visits[i]) for i in range(90)])
+
+
+def test_pools_draw_by_the_latest_success_alone():
+    args, rng, same = settings(), np.random.default_rng(5), np.random.default_rng(5)
+    sample, state, odds = Simulator(P), {}, [1.0] * 100  # at first all alike
+    for iteration in range(60):
+        batch, _ = choose(sfl.pools, args, sample, state, iteration, rng)
+        chosen = same.choice(100, 8, replace=False, p=np.array(odds) / sum(odds))
+        assert batch.questions.tolist() == chosen.tolist() and batch is sample.calls[-1]
+        for i, successes in zip(chosen, batch.rewards.sum(1)):
+            odds[i] = 1.0 if successes in (3, 4, 5, 6) else 0.2
+    assert set(odds) == {0.2, 1.0}
+
+
 def test_posterior_finds_the_frontier_without_scoring():
     args, rng = settings(rho=0.75), np.random.default_rng(0)
     state, levels = {}, ["easy"] * 60 + ["hard"] * 30 + ["between"] * 10
@@ -393,8 +452,11 @@ def without_clocks(rows):
 
 @pytest.mark.parametrize(
     "algo, curriculum",
-    [("ppo", "sfl"), ("grpo", "posterior"), ("expert", "uniform"), ("rcrl", "lilo")],
-)
+    [
+        ("ppo", "sfl"), ("grpo", "posterior"), ("expert", "uniform"), ("rcrl", "lilo"),
+        ("rloo", "mopps"), ("grpo", "greso"), ("ppo", "pools"),
+    ],
+)  # fmt: skip
 def test_resume_is_exact(base, tmp_path, algo, curriculum):
     flags = ["--algo", algo, "--curriculum", curriculum, "--warmup", "0.5"]
     straight = run(base, tmp_path / "a", *flags)
@@ -732,6 +794,7 @@ def test_presets_are_the_papers_settings(name):
         ("--buffer_size 9", "--buffer_size 9 is more than --candidates 8"),
         ("--buffer_size 1", "more than --buffer_size 1"),
         ("--curriculum lilo --max_candidates 3", "--max_candidates 3"),
+        ("--curriculum mopps --max_candidates 3", "--max_candidates 3"),
         ("--algo grpo --rollouts 1", "--rollouts 1"),
         ("--max_new_tokens 255", "no training question fits the context of 256"),
         ("--temperature 0", "--temperature"),
