@@ -3,6 +3,7 @@
     python tests/experiments.py tune       # each curriculum's learning rate, one seed
     python tests/experiments.py curricula  # all curricula, each with its own settings
     python tests/experiments.py map        # where choosing pays: the learnable share from 0.5 down
+    python tests/experiments.py foresight  # who knows best what is learnable: calibration, AUC
     python tests/experiments.py credit     # ppo, vineppo and grpo with few questions an iteration
     python tests/experiments.py gradients  # which way each method's gradient points
     python tests/experiments.py learners   # imitation against policy gradients: pass@k, samples
@@ -50,6 +51,9 @@ CURRICULA = {
     "dapo": "--curriculum dapo --max_candidates 256 --lr 2e-4 --iterations 40",
     "sfl": f"{SFL} --lr 2e-4 --iterations 80",
     "lilo": "--curriculum lilo --lr 2e-4 --iterations 60",
+    "greso": "--curriculum greso --lr 2e-4 --iterations 60",
+    "pools": "--curriculum pools --lr 2e-4 --iterations 100",
+    "mopps": "--curriculum mopps --memory 0.5 --lr 2e-4 --iterations 100",
     "posterior": "--curriculum posterior --rho 1 --lr 2e-4 --iterations 100",
     "posterior, no levels": "--curriculum posterior --rho 1 --lr 2e-4 --iterations 100",
 }
@@ -101,9 +105,8 @@ def map_of_shares(args, goal=0.8):
 
     from plumbing.report import COLORS
 
-    arms = ("uniform", "sfl", "posterior")
     folders, jobs = {}, {}
-    for share, name, seed in itertools.product(SHARES, arms, range(args.seeds)):
+    for share, name, seed in itertools.product(SHARES, args.arms, range(args.seeds)):
         folder = Path(args.runs, f"grpo-{name}-seed{seed}")  # the default share's: `curricula`'s
         if share != 0.08:
             folder = Path(args.runs, f"share{share}-{name}-seed{seed}")
@@ -118,7 +121,7 @@ def map_of_shares(args, goal=0.8):
         print(f"\n{name_of} to {goal}, mean ± sd of {args.seeds} seeds\n")
         print(f"| arm | {' | '.join(f'{share:.0%}' for share in SHARES)} |")
         print("|" + "---|" * (len(SHARES) + 1))
-        for color, name in zip(COLORS, arms):
+        for color, name in zip(COLORS, args.arms):
             cells, points = [], []
             for share in SHARES:
                 runs = [curve(folders[share, name, seed]) for seed in range(args.seeds)]
@@ -142,6 +145,122 @@ def map_of_shares(args, goal=0.8):
         ax.invert_xaxis()
     axes[0].legend(frameon=False, fontsize=8)
     save(figure, Path(args.out, "map.png"))
+
+
+# Whose state says what is learnable. levels: as the data has them, or one for all.
+REMEMBER = {
+    "greso": ("greso", True),
+    "pools": ("pools", True),
+    "mopps": ("mopps", True),
+    "posterior": ("posterior", True),
+    "posterior, one level for all": ("posterior", False),
+}
+
+
+def foresight(args):
+    """What each curriculum expects against what it finds, in its own runs; and how well it tells
+    learnable questions from others (AUC), when all are shown the same runs' batches."""
+    import data
+
+    questions = data.load_questions("arithmetic", "train")
+    rows_of = {}
+    for name, seed in itertools.product(("uniform", "posterior", "mopps"), range(args.seeds)):
+        path = Path(args.runs, f"grpo-{name}-seed{seed}", "metrics.jsonl")
+        rows_of.setdefault(name, []).append([json.loads(line) for line in open(path)])
+    print("| learnability in its own runs | expected | found | first 20: expected | found |")
+    print("|---|---|---|---|---|")
+    for name in ("posterior", "mopps"):
+        pairs = [[expected_and_found(row) for row in rows] for rows in rows_of[name]]
+        means = [np.mean(run[:end], 0) for end in (None, 20) for run in pairs]
+        means = np.array(means).reshape(2, args.seeds, 2)
+        cells = [spread(means[part, :, i], 3) for part in (0, 1) for i in (0, 1)]
+        print(f"| {name} | {' | '.join(cells)} |")
+    shown = ("uniform", "posterior")
+    print(f"\n| AUC on the batches of | {' | '.join(shown)} |\n|---|---|---|")
+    for arm, (name, levels) in REMEMBER.items():
+        cells = []
+        for trajectory in shown:
+            runs = rows_of[trajectory]
+            cells.append(spread([auc(replay(name, levels, questions, run)) for run in runs], 3))
+        print(f"| {arm} | {' | '.join(cells)} |", flush=True)
+
+
+def expected_and_found(row):
+    """The mean learnability of a batch: what the curriculum expected, and the estimate."""
+    from sfl import learnability
+
+    found = [learnability(successes, attempts) for *_, successes, attempts in row["sampled"]]
+    return row["learnability_expected"], np.mean(found)
+
+
+class Recorded:
+    """In place of a numpy Generator: a curriculum that asks it chooses what a run chose. Keeps the
+    odds it was asked for."""
+
+    def __init__(self, chosen):
+        self.chosen, self.odds, self.rng = chosen, None, np.random.default_rng(0)
+        self.beta = self.rng.beta
+
+    def permutation(self, size):
+        return self.chosen
+
+    def choice(self, size, count, replace, p=None):
+        self.odds = self.odds if p is None else p
+        return self.chosen[:count]
+
+    def random(self, size):
+        return np.zeros(size)  # greso skips nothing
+
+
+def replay(name, levels, questions, rows):
+    """Shows a run's batches to a curriculum. Of each batch, an array each: the scores that the
+    curriculum gave its questions before, and whether their responses disagreed."""
+    import sfl
+
+    flags = CURRICULA[name].split() + ["--algo", "grpo"]
+    config, state, found = sfl.parse(flags), {}, []
+    pool = SimpleNamespace(questions=questions)
+    pool.levels = lambda: [str(q.level) if levels else "all" for q in questions]
+    for row in rows:
+        successes = {i: s for i, _, s, _ in row["sampled"]}
+        n = row["sampled"][0][-1]
+        chosen = np.array(list(successes))
+        config.questions = config.max_candidates = len(chosen)
+
+        def sample(chosen, n, successes=successes):
+            rewards = [[1.0] * successes[i] + [0.0] * (n - successes[i]) for i in chosen]
+            return sfl.Batch(np.asarray(chosen), [[]] * len(chosen), np.array(rewards))
+
+        pool.sample = sample
+        rng = Recorded(chosen)
+        before = dict(state)
+        sfl.CURRICULA[name](pool, config, state, rng)
+        disagree = np.array([0 < s < n for s in successes.values()])
+        found.append((score(name, before, rng, len(questions))[chosen], disagree))
+    return found
+
+
+def score(name, state, rng, size):
+    """How learnable a curriculum takes each question to be: in any units, (size,)."""
+    import sfl
+
+    if name in ("pools", "posterior"):
+        return rng.odds
+    if name == "mopps":
+        counts = np.array(state.get("counts", [[1.0, 1.0]] * size))
+        return sfl.expected_learnability(*counts.T)
+    streaks, q = np.array(state.get("streaks", [0] * size)), state.get("q", [0.5, 0.5])
+    return np.where(streaks < 0, *q) ** abs(streaks)
+
+
+def auc(batches):
+    """The chance that of two questions of a batch the learnable one has the higher score than the
+    other; a tie counts half."""
+    right = []
+    for scores, learnable in batches:
+        above = scores[learnable][:, None] - scores[~learnable]
+        right += ((above > 0) + 0.5 * (above == 0)).flatten().tolist()
+    return np.mean(right)
 
 
 # A pretrained model of 135 million parameters, on two cores. No arm's settings were tuned.
@@ -351,11 +470,13 @@ def draw_curves(title, runs, goal, out):
         "tokens": ("1,000 tokens generated, scoring included", 1e-3),
     }
     for ax, (spent, (label, scale)) in zip(axes, labels.items()):
-        for color, (name, group) in zip(COLORS, runs.items()):
+        for number, (name, group) in enumerate(runs.items()):
+            color = COLORS[number % len(COLORS)]
+            style = "-" if number < len(COLORS) else "--"  # more arms than colours
             length = min(len(run["accuracy"]) for run in group)
             x = np.mean([run[spent][:length] for run in group], 0) * scale
             y = np.array([smooth(run["accuracy"])[:length] for run in group])
-            ax.plot(x, y.mean(0), color=color, label=name, linewidth=1.8)
+            ax.plot(x, y.mean(0), style, color=color, label=name, linewidth=1.8)
             ax.fill_between(x, y.min(0), y.max(0), color=color, alpha=0.15, linewidth=0)
         ax.axhline(goal, color="#999999", linewidth=0.8, linestyle=":")
         ax.set_xlabel(label)
@@ -1138,7 +1259,9 @@ def add_flags(command, add):
     add("--workers", type=int, default=2, help="runs at a time, one thread each")
     if command in ("tune", "curricula"):
         add("--algos", nargs="+", default=["grpo"])
-        add("--arms", nargs="+", default=list(CURRICULA), choices=list(CURRICULA), metavar="ARM")
+    if command in ("tune", "curricula", "map"):
+        arms = ["uniform", "sfl", "mopps", "posterior"] if command == "map" else list(CURRICULA)
+        add("--arms", nargs="+", default=arms, choices=list(CURRICULA), metavar="ARM")
     if command == "tune":
         add("--lrs", nargs="+", default=["1e-4", "2e-4", "4e-4"], help="of the policy")
     if command == "credit":
@@ -1167,8 +1290,8 @@ def add_values_flags(add):
     add("--max_new_tokens", type=int, help=f"longest response, in tokens; {run}")
 
 
-COMMANDS = (tune, curricula, map_of_shares, credit, gradients, learners, parity, words, cost)
-COMMANDS += (spend, theory, values)
+COMMANDS = (tune, curricula, map_of_shares, foresight, credit, gradients, learners, parity, words)
+COMMANDS += (cost, spend, theory, values)
 
 
 def parse(argv=None):

@@ -13,6 +13,7 @@ from argparse import Namespace
 from collections import Counter
 from pathlib import Path
 
+import experiments
 import numpy as np
 import pytest
 import torch
@@ -286,6 +287,20 @@ def test_posterior_forgets_as_the_policy_moves():
         batch, _ = choose(sfl.posterior, args, Simulator(p, iteration), state, iteration, rng)
         hits.append((p[batch.questions[:6]] == 0.5).mean())
     assert np.mean(hits[60:80]) > 0.7 and np.mean(hits[140:]) > 0.7
+
+
+@pytest.mark.parametrize("name", ["greso", "pools", "mopps", "posterior"])
+def test_foresight_shows_a_curriculum_what_another_chose(name):
+    """Two batches of experiments.py's `replay`: first nothing is known, then what had disagreed is
+    put above what had not."""
+    asked = [data.Question(f"{i}?", "1", level=1) for i in range(40)]
+    first = [[i, 1, successes, 8] for i, successes in enumerate([0, 8, 4, 4, 0, 8])]
+    rows = [{"sampled": first}, {"sampled": first[::-1]}]
+    (early, _), (late, learnable) = experiments.replay(name, True, asked, rows)
+    assert np.ptp(early) < 1e-12 and learnable.tolist() == [False, False, True, True, False, False]
+    assert late[learnable].min() > late[~learnable].max()
+    pairs = [(late, learnable)], [(early, learnable)]
+    assert [experiments.auc(batches) for batches in pairs] == [1, 0.5]
 
 
 # --------------------------------------------------------------------------- the whole job
