@@ -176,13 +176,15 @@ def foresight(args):
         means = np.array(means).reshape(2, args.seeds, 2)
         cells = [spread(means[part, :, i], 3) for part in (0, 1) for i in (0, 1)]
         print(f"| {name} | {' | '.join(cells)} |")
-    shown = ("uniform", "posterior")
-    print(f"\n| AUC on the batches of | {' | '.join(shown)} |\n|---|---|---|")
+    columns = [f"{what}, {run}" for run in ("uniform", "posterior") for what in ("AUC", "expected")]
+    print(f"\n| on the batches of | {' | '.join(columns)} |\n|{'---|' * 5}")
     for arm, (name, levels) in REMEMBER.items():
         cells = []
-        for trajectory in shown:
-            runs = rows_of[trajectory]
-            cells.append(spread([auc(replay(name, levels, questions, run)) for run in runs], 3))
+        for trajectory in ("uniform", "posterior"):
+            shown = [replay(name, levels, questions, run) for run in rows_of[trajectory]]
+            cells.append(spread([auc(batches) for batches, _ in shown], 3))
+            expected = [np.mean(expected) for _, expected in shown if expected]
+            cells.append(spread(expected, 3) if expected else "")
         print(f"| {arm} | {' | '.join(cells)} |", flush=True)
 
 
@@ -214,12 +216,13 @@ class Recorded:
 
 
 def replay(name, levels, questions, rows):
-    """Shows a run's batches to a curriculum. Of each batch, an array each: the scores that the
-    curriculum gave its questions before, and whether their responses disagreed."""
+    """Shows a run's batches to a curriculum. Returns of each batch two arrays, the scores that the
+    curriculum gave its questions before, and whether their responses disagreed; and the mean
+    learnability that it expected of each batch, if it says."""
     import sfl
 
     flags = CURRICULA[name].split() + ["--algo", "grpo"]
-    config, state, found = sfl.parse(flags), {}, []
+    config, state, found, expected = sfl.parse(flags), {}, [], []
     pool = SimpleNamespace(questions=questions)
     pool.levels = lambda: [str(q.level) if levels else "all" for q in questions]
     for row in rows:
@@ -235,10 +238,12 @@ def replay(name, levels, questions, rows):
         pool.sample = sample
         rng = Recorded(chosen)
         before = dict(state)
-        sfl.CURRICULA[name](pool, config, state, rng)
+        _, logged = sfl.CURRICULA[name](pool, config, state, rng)
         disagree = np.array([0 < s < n for s in successes.values()])
         found.append((score(name, before, rng, len(questions))[chosen], disagree))
-    return found
+        if "learnability_expected" in logged:
+            expected.append(logged["learnability_expected"])
+    return found, expected
 
 
 def score(name, state, rng, size):
@@ -1255,7 +1260,7 @@ def add_flags(command, add):
     if command in ("tune", "curricula"):
         add("--algos", nargs="+", default=["grpo"])
     if command in ("tune", "curricula", "map"):
-        arms = ["uniform", "sfl", "mopps", "posterior"] if command == "map" else list(CURRICULA)
+        arms = ["uniform", "sfl", "greso", "posterior"] if command == "map" else list(CURRICULA)
         add("--arms", nargs="+", default=arms, choices=list(CURRICULA), metavar="ARM")
     if command == "tune":
         add("--lrs", nargs="+", default=["1e-4", "2e-4", "4e-4"], help="of the policy")

@@ -296,7 +296,8 @@ def test_foresight_shows_a_curriculum_what_another_chose(name):
     asked = [data.Question(f"{i}?", "1", level=1) for i in range(40)]
     first = [[i, 1, successes, 8] for i, successes in enumerate([0, 8, 4, 4, 0, 8])]
     rows = [{"sampled": first}, {"sampled": first[::-1]}]
-    (early, _), (late, learnable) = experiments.replay(name, True, asked, rows)
+    batches, _ = experiments.replay(name, True, asked, rows)
+    (early, _), (late, learnable) = batches
     assert np.ptp(early) < 1e-12 and learnable.tolist() == [False, False, True, True, False, False]
     assert late[learnable].min() > late[~learnable].max()
     pairs = [(late, learnable)], [(early, learnable)]
