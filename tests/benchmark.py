@@ -92,7 +92,7 @@ def generation(args):
     engine = rollout.Engine(model, slots=args.slots)
     whole = rollout.plan
 
-    def ours(plan=whole):
+    def ours(plan=whole, engine=engine):
         rollout.plan = plan
         stats = {}
         how = {"seed": 0, "stats": stats, "stop_ids": [never]}
@@ -103,6 +103,9 @@ def generation(args):
         return [(request.prompt, [request]) for request in requests]
 
     contenders = {"ours": ours}
+    if args.bf16:
+        rounded = rollout.Engine(model, slots=args.slots, dtype=torch.bfloat16)
+        contenders["ours, bfloat16"] = lambda: ours(engine=rounded)
     if args.prefixes:
         contenders["ours, a forward a request"] = lambda: ours(one_by_one)
     else:
@@ -551,6 +554,7 @@ def parse(argv=None):
             add.add_argument("--max_new_tokens", type=positive, default=256)
             add.add_argument("--slots", type=positive, help="by default: by free memory")
             add.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
+            add.add_argument("--bf16", action="store_true", help="a bfloat16 copy, too")
             add.add_argument("--prefixes", action="store_true", help="no rival: n responses from 8 "
                              "states of a response, prefixes shared and not")  # fmt: skip
         if command is nucleus:
