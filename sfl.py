@@ -746,10 +746,10 @@ def run(config, signals=None):
         checkpoint.write(out / "config.json", json.dumps(settings, indent=1) + "\n")
         if first:
             print(f"{config.model} on {device}, matrix products in {config.dtype}", file=sys.stderr)
+        if first and start == 0:  # on a large model the first evaluation takes long
+            count = f"9 responses to each of {len(held_out)} held-out questions"
+            print(f"before training: {count}", file=sys.stderr)
         if start == 0:
-            if first:  # on a large model this takes long
-                count = f"9 responses to each of {len(held_out)} held-out questions"
-                print(f"before training: {count}", file=sys.stderr)
             greedy = evaluate(tokenizer=untagged)
             before = {"greedy": greedy, "sampled": evaluate(samples=8, tokenizer=untagged)}
             checkpoint.write(out / "evaluation.json", json.dumps({"before": before}))

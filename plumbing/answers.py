@@ -48,7 +48,8 @@ def last_boxed(text):
 # The same sign by other keys: full-width digits (as Chinese models write), minus, powers, roots.
 KEYS = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)}
 KEYS |= str.maketrans("−–\u00a0\u2009\u202f", "--~~~")
-SIGNS = {"²": "^{2}", "³": "^{3}", "⁻¹": "^{-1}", "×": r"\times ", "·": r"\cdot ", "π": r"\pi "}
+SIGNS = {"²": "^{2}", "³": "^{3}", "⁻¹": "^{-1}"}
+SIGNS |= {"×": r"\times ", "·": r"\cdot ", "π": r"\pi "}
 SIGNS |= {"∞": r"\infty ", "≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ", "∪": r"\cup "}
 SIGNS |= {"∅": r"\emptyset ", r"\varnothing": r"\emptyset ", "θ": r"\theta "}
 # Thousands as TeX has them: 1{,}234  1,\!234  1\,234  1\;234  1~234. All groups or none, so that

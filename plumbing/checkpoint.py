@@ -173,8 +173,8 @@ def load_model(path, *, device="cpu", dtype="float32"):
     how = {"weights_only": True}
     how |= {"ignore_mismatched_sizes": True, "output_loading_info": True}  # said below, in a line
     try:
-        if dtype == "auto":
-            dtype = precision(dtype, device, outline(path))
+        if dtype == "auto":  # only a CPU's answer depends on the model's size
+            dtype = precision(dtype, device, outline(path) if device == "cpu" else None)
         how["dtype"] = getattr(torch, dtype)
         model, info = AutoModelForCausalLM.from_pretrained(path, **how)
         tokenizer = AutoTokenizer.from_pretrained(path)

@@ -15,6 +15,7 @@ from plumbing.logprobs import CHUNK
 from plumbing.processes import is_part, many_processes, rank
 
 SMALL = 10**6  # numbers of a model that a CPU serves as fast as a Mac's GPU
+BFLOAT16_PAYS = 10**7  # numbers of a model that gains from bfloat16 on a CPU
 
 
 def pick_device(name, numbers=None):
@@ -41,10 +42,10 @@ def pick_device(name, numbers=None):
 def precision(dtype, device, model):
     """Of the matrix products: 'auto' is bfloat16 on a GPU, and on a CPU with instructions for it
     (AVX512-BF16, AMX), where they are twice as fast; float32 elsewhere. A tiny model spends its
-    time on other things. model: on the meta device will do."""
+    time on other things. model: on the meta device will do; only a CPU's answer depends on it."""
     if dtype != "auto":
         return dtype
-    if device == "cpu" and sum(p.numel() for p in model.parameters()) > 10e6:
+    if device == "cpu" and sum(p.numel() for p in model.parameters()) > BFLOAT16_PAYS:
         return "bfloat16" if torch.cpu._is_avx512_bf16_supported() else "float32"
     return "bfloat16" if device.startswith("cuda") else "float32"
 
@@ -199,16 +200,17 @@ def make_it_fit(config, model, device):
     if not device.startswith("cuda") or config.fsdp:
         return
     free = free_memory(device) + sum(p.nbytes for p in model.parameters() if p.is_cuda)
+    needed = sum(forecast(config, model, device, free).values())
     changes = {}
-    for name, value in [(None, None), *SMALLER]:
-        if name == "tokens_per_microbatch":
-            value = min(value, config.tokens_per_microbatch)
-        if name is not None and getattr(config, name) != value:
-            setattr(config, name, value)
-            changes[name] = value
-        needed = sum(forecast(config, model, device, free).values())
+    for name, value in SMALLER:
         if needed < free:
             break
+        if name == "tokens_per_microbatch":
+            value = min(value, config.tokens_per_microbatch)
+        if getattr(config, name) != value:
+            setattr(config, name, value)
+            changes[name] = value
+            needed = sum(forecast(config, model, device, free).values())
     sizes = f"{needed / 2**30:.1f} GiB of {free / 2**30:.1f} that are free"
     said = "so that it fits:" if needed < free else "it may not fit (try --preset home-gsm8k):"
     flags = " ".join(f"--{name} {value}" for name, value in changes.items())

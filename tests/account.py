@@ -13,10 +13,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from card import Card
+from card import Card, tensors_in
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 import ppo
 import rollout
@@ -41,7 +40,7 @@ class Account(TorchDispatchMode):
         self.watch = lambda func, read, made: None
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        read = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+        read = list(tensors_in(args, kwargs))
         fake = any(isinstance(x, FakeTensor) for x in read)
         if fake and func is torch.ops.aten._local_scalar_dense.default:
             return True if args[0].dtype == torch.bool else 0.5
@@ -52,7 +51,7 @@ class Account(TorchDispatchMode):
             out = func(*args, **kwargs or {})
         if func is torch.ops.aten.logsumexp.default:  # inside, it makes exp(x - max)
             self.peak = max(self.peak, self.now + args[0].nbytes)
-        made = [x for x in tree_leaves(out) if isinstance(x, FakeTensor)]
+        made = [x for x in tensors_in(out) if isinstance(x, FakeTensor)]
         for x in made:
             self.count(x.untyped_storage())
         there = {x.untyped_storage()._cdata for x in read}

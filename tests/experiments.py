@@ -162,12 +162,13 @@ def foresight(args):
     """What each curriculum expects against what it finds, in its own runs; and how well it tells
     learnable questions from others (AUC), when all are shown the same runs' batches."""
     import data
+    from plumbing import report
 
     questions = data.load_questions("arithmetic", "train")
     rows_of = {}
     for name, seed in itertools.product(("uniform", "posterior", "mopps"), range(args.seeds)):
-        path = Path(args.runs, f"grpo-{name}-seed{seed}", "metrics.jsonl")
-        rows_of.setdefault(name, []).append([json.loads(line) for line in open(path)])
+        folder = Path(args.runs, f"grpo-{name}-seed{seed}")
+        rows_of.setdefault(name, []).append(report.read_run(folder))
     print("| learnability in its own runs | expected | found | first 20: expected | found |")
     print("|---|---|---|---|---|")
     for name in ("posterior", "mopps"):
@@ -293,8 +294,7 @@ def words(args):
     for arm, runs in folders.items():
         results[arm] = [evaluations(folder)["after"] for folder in runs]
     for name, evaluated in results.items():
-        greedy = spread([result["greedy"]["accuracy"] for result in evaluated], 3)
-        cells = [name, greedy]
+        cells = [name, spread([result["greedy"]["accuracy"] for result in evaluated], 3)]
         for measure, digits in (("accuracy", 3), ("pass@8", 3), ("response_length", 1)):
             cells.append(spread([result["sampled"][measure] for result in evaluated], digits))
         print(f"| {' | '.join(cells)} |")
@@ -363,8 +363,7 @@ def execute(jobs, workers):
     thread each."""
 
     def run(folder, flags):
-        evaluation = folder / "evaluation.json"
-        if evaluation.exists() and "after" in json.loads(evaluation.read_text()):
+        if (folder / "evaluation.json").exists() and "after" in evaluations(folder):
             return
         how = ["--out", str(folder), *EVERY, *flags]
         if (folder / "config.json").exists():
@@ -391,7 +390,7 @@ def curve(folder):
     """Evaluations of a run, the starting model's first: arrays of what was spent, and accuracy."""
     from plumbing import report
 
-    before = json.loads((folder / "evaluation.json").read_text())["before"]["greedy"]["accuracy"]
+    before = evaluations(folder)["before"]["greedy"]["accuracy"]
     rows = report.read_run(folder)
     evaluated = [row for row in rows if row.get("eval_accuracy") is not None]
     samples = 0  # responses, those that only served to choose included

@@ -159,7 +159,7 @@ def test_without_a_card_nothing_is_claimed(capsys):
 # --------------------------------------------------------------------------- memory
 
 
-def trained(card):
+def trained():
     """Policy and critic on the card, and an optimizer that offloads."""
     policy = small_llama(30).to("cuda")
     critic = ppo.ValueModel(policy)
@@ -178,8 +178,8 @@ def trained(card):
 
 
 def test_offloaded_moments_come_for_a_step_one_model_s_at_a_time(monkeypatch):
-    with Card(monkeypatch) as card:
-        policy, critic, optimizer, places = trained(card)
+    with Card(monkeypatch):
+        policy, critic, optimizer, places = trained()
         seen = []
         optimizer.register_step_pre_hook(lambda *_: seen.append((places(policy), places(critic))))
         for model in (policy, critic, policy, critic):
@@ -190,7 +190,7 @@ def test_offloaded_moments_come_for_a_step_one_model_s_at_a_time(monkeypatch):
             assert places(policy) | places(critic) == {"cpu"}
         assert seen[2:] == [({"cuda"}, {"cpu"}), ({"cpu"}, {"cuda"})]
         saved = copy.deepcopy(optimizer.state_dict())
-        policy, critic, optimizer, places = trained(card)
+        policy, critic, optimizer, places = trained()
         optimizer.load_state_dict(saved)
         assert places(policy) | places(critic) == {"cpu"}  # as before the resume
 
