@@ -141,8 +141,8 @@ class ValueModel(nn.Module):
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
 
-    def forward(self, tokens):
-        output = self.backbone(input_ids=tokens, use_cache=False)
+    def forward(self, tokens, **sharing):  # of rows with several responses, see `padded_batch`
+        output = self.backbone(input_ids=tokens, use_cache=False, **sharing)
         hidden = output.last_hidden_state  # (batch, time, width)
         # Not in bfloat16: there the next number below 1 is 0.996.
         with torch.autocast(tokens.device.type, enabled=False):
@@ -156,17 +156,20 @@ class ValueModel(nn.Module):
 def response_logprobs(policy, rollouts, config):
     """log pi(a_t | s_t), (tokens,), where pi = softmax(logits / temperature). That is what was
     sampled from, before top_p cut it off. New, old and reference log-probs are all of this kind."""
-    tokens, mask = padded_batch(rollouts, policy)  # mask: is the next token of the response?
+    # Responses to one prompt share a row, and the prompt is read once.
+    tokens, mask, sharing = padded_batch(rollouts, policy)  # mask: is the next token a response's?
+    how = {"temperature": config.temperature, "mask": mask, **sharing}
     with mixed_precision(policy, config.dtype):
-        logprobs = token_logprobs(policy, tokens, temperature=config.temperature, mask=mask)
+        logprobs = token_logprobs(policy, tokens, **how)  # (batch, time - 1)
     return logprobs[mask]
 
 
 def response_values(critic, rollouts, config):
     """V(s_t) of the states in which the response tokens were chosen, (tokens,)."""
-    tokens, mask = padded_batch(rollouts, critic)
+    tokens, mask, sharing = padded_batch(rollouts, critic)
     with mixed_precision(critic, config.dtype):
-        values = critic(tokens[:, :-1])  # (batch, time - 1): after the last token nothing is chosen
+        # (batch, time - 1): after the last token nothing is chosen
+        values = critic(tokens[:, :-1], **sharing)
     return values[mask]
 
 
@@ -185,7 +188,7 @@ def rollout_outputs(output_of, model, rollouts, config, chosen=None, when_full=N
         for i, piece in zip(some, pieces):
             outputs[i] = piece
 
-    in_microbatches(fill, rollouts, config, chosen, when_full)
+    in_microbatches(fill, rollouts, model, config, chosen, when_full)
     # Each process filled its share and left zeros elsewhere: the sum has all.
     joined = all_sum(torch.cat([torch.zeros(0), *outputs]))  # zeros(0): cat of nothing fails
     return list(joined.split(lengths))
@@ -337,7 +340,7 @@ def update(
 
         # If memory runs out, the gradient so far goes, and all is done again in smaller parts.
         clear = optimizer.zero_grad, when_full
-        parts = in_microbatches(backward, rollouts, config, chosen, *clear)
+        parts = in_microbatches(backward, rollouts, model, config, chosen, *clear)
         step = {"tokens": int(lengths[chosen].sum())}  # and, of each metric, the sum over them
         for name in parts[0]:
             total = sum(part[name] for part in parts)

@@ -116,7 +116,7 @@ def train(model, batches, *, lr, config=None, warmup=0.03, progress=False):
 
             tokens = sum(len(rollout.response) for rollout in batch)  # no prompt: it is only read
             loss = torch.zeros((), device=model.device)
-            for some in microbatches(batch, config.tokens_per_microbatch):  # indices
+            for some in microbatches(batch, model, config.tokens_per_microbatch):  # indices
                 part = [batch[i] for i in some]
                 logprobs = ppo.response_logprobs(model, part, config)  # (tokens of this part,)
                 # Divided by the tokens of the whole batch: so the parts' gradients add up to its.

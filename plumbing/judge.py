@@ -18,7 +18,7 @@ from functools import lru_cache
 
 from answers import outside_braces  # as a program it has this folder on its path
 
-# sympy and `parse` are imported below, by the process that has given up memory and stdout first.
+# sympy and the parser are imported below, by the process that has given up memory and stdout first.
 MEMORY = 4 << 30  # bytes: 9^{9^9} asks for more
 PARSE_SECONDS = 4  # shorter than answers.JUDGE_SECONDS; the first parse on a busy machine takes 2
 DIGITS = 120
@@ -34,7 +34,7 @@ def read(text):
     boxed = "\\boxed{" + text + "}"
     # Out of time is an error that ends this process, not a text that the cache remembers as None.
     limits = {"parsing_timeout": PARSE_SECONDS, "raise_on_error": True}
-    found = parse(boxed, CONFIG, "no_fallback", "first_match", **limits)
+    found = parse_latex(boxed, CONFIG, "no_fallback", "first_match", **limits)
     if not found or isinstance(found[0], str):
         return None
     found = found[0]
@@ -205,7 +205,8 @@ if __name__ == "__main__":
     os.dup2(2, 1)  # whatever else prints must not look like a reply
     warnings.simplefilter("ignore")
     import sympy
-    from math_verify import LatexExtractionConfig, parse
+    from math_verify import LatexExtractionConfig
+    from math_verify import parse as parse_latex
 
     CONFIG = [LatexExtractionConfig(boxed_match_priority=0)]
     print("ready", file=reply, flush=True)

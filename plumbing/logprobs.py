@@ -10,27 +10,28 @@ from plumbing.commands import require
 CHUNK = {"cuda": 2**28, "cpu": 2**25}
 
 
-def token_logprobs(model, tokens, *, temperature=1.0, mask=None):
+def token_logprobs(model, tokens, *, temperature=1.0, mask=None, **sharing):
     """log pi(tokens[t + 1] | tokens[:t + 1]) of the distribution softmax(logits / temperature).
 
     tokens: (batch, time) ids, rows padded on the RIGHT with any valid id: under causal attention no
     real token sees what stands after it. mask: (batch, time - 1) bool, the positions wanted: the
-    head is computed there alone, the others return 0. Returns (batch, time - 1) float32 (float64 in
-    a float64 model), differentiable once."""
+    head is computed there alone, the others return 0. sharing: what `batches.padded_batch` says of
+    rows of several responses. Returns (batch, time - 1) float32 (float64 in a float64 model),
+    differentiable once."""
     require(temperature > 0, f"temperature {temperature}: needs one above 0 (greedy has no ratio)")
     check_head(model)
     if mask is None:
         mask = torch.ones_like(tokens[:, 1:], dtype=torch.bool)
     # Under FSDP it is a method of the model's, which gathers the weights first.
     if hasattr(model, "logprobs_in_parts"):
-        return model.logprobs_in_parts(tokens, temperature, mask)
-    return masked_logprobs(model, tokens, temperature, mask)
+        return model.logprobs_in_parts(tokens, temperature, mask, **sharing)
+    return masked_logprobs(model, tokens, temperature, mask, **sharing)
 
 
-def masked_logprobs(model, tokens, temperature, mask):
+def masked_logprobs(model, tokens, temperature, mask, **sharing):
     # The last column is only ever a target: the backbone need not read it.
-    hidden = model.base_model(input_ids=tokens[:, :-1], use_cache=False).last_hidden_state
-    hidden = hidden[mask]  # (rows, width)
+    output = model.base_model(input_ids=tokens[:, :-1], use_cache=False, **sharing)
+    hidden = output.last_hidden_state[mask]  # (rows, width)
     targets = tokens[:, 1:][mask]  # (rows,)
     head = model.get_output_embeddings()
     device = hidden.device.type

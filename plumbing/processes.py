@@ -121,10 +121,12 @@ def shard(model, dtype=None):
     from torch.distributed import fsdp
     from torch.distributed.device_mesh import init_device_mesh
 
+    from plumbing.batches import shares_prompts
     from plumbing.logprobs import check_head, masked_logprobs
 
     is_critic = not hasattr(model, "get_output_embeddings")
     backbone = model.backbone if is_critic else model.base_model
+    shares_prompts(model)  # tries it while the weights are whole
     how = {"mesh": init_device_mesh(backbone.device.type, (dist.get_world_size(),))}
     if is_critic:
         fsdp.fully_shard(model.head, **how)  # float32, always: bfloat16 has 0.996, then 1

@@ -290,40 +290,52 @@ def measure(args):
 
 # --------------------------------------------------------------------------- an iteration
 
-QUESTIONS, N, MAX_NEW = 32, 8, 64
+N, MAX_NEW = 8, 64
 
 
 def iteration(args):
-    """Same questions, same untrained tiny model (which stops by chance, after some 48 tokens), 32
-    questions x 8 rollouts at temperature 1, a reward that anything can earn (an even number of
-    tokens), one optimizer step, no KL term. Ratios are taken pair by pair."""
+    """GRPO and PPO: same questions, same model, 8 rollouts a question at temperature 1, a reward
+    that anything can earn (an even number of tokens), one optimizer step, no KL term. Ratios are
+    taken pair by pair. Tiny: untrained, so it stops by chance, after some 48 tokens. Unshared:
+    GRPO with the prompt in each response's row."""
     import numpy as np
 
     import data
     import sft
+    from plumbing import batches, checkpoint, memory
 
     if args.rival == "trl" and find_spec("trl") is None:
         raise ValueError("--rival trl is not installed: pip install trl, or give --rival none")
-    tokenizer = sft.tiny_tokenizer()
-    model = sft.tiny_model(tokenizer, 0)
-    questions = data.load_questions("arithmetic", "train")
+    if args.model == "tiny":
+        tokenizer = sft.tiny_tokenizer()
+        model = sft.tiny_model(tokenizer, 0)
+    else:
+        model, tokenizer = checkpoint.load_model(args.model, device="cpu")
+    args.dtype = memory.precision("auto", "cpu", model)
+    questions = data.load_questions(args.dataset, "train")
     prompts = data.encode_prompts(tokenizer, questions)
-    contenders = {algo: ours(model, tokenizer, prompts, algo) for algo in ("grpo", "ppo")}
-    seconds, length = {f"sfl, {algo}": [] for algo in contenders}, {}
-    for run, algo in itertools.product(range(args.runs + 1), contenders):
-        took, length[f"sfl, {algo}"] = contenders[algo](run)
-        seconds[f"sfl, {algo}"] += [took] * (run > 0)  # the first warms up
-        if algo == "ppo" and args.rival == "trl" and run:
-            took, length["TRL GRPOTrainer"] = trl_iterations(model, tokenizer, questions, 2)
-            seconds.setdefault("TRL GRPOTrainer", []).append(took.mean())
-    rival = seconds.get("TRL GRPOTrainer", seconds["sfl, grpo"])
+    contenders = {"sfl, grpo": True, "sfl, unshared": False, "sfl, ppo": True}
+    for name, shares in contenders.items():
+        learner = copy.deepcopy(model)
+        learner.base_model.shares_prompts = shares and batches.shares_prompts(learner)
+        contenders[name] = ours(learner, prompts, name.removeprefix("sfl, "), args)
+    rival = "TRL GRPOTrainer"
+    seconds, length = {name: [] for name in contenders}, {}
+    for run in range(args.runs + 1):
+        for name, iterate in contenders.items():
+            took, length[name] = iterate(run)
+            seconds[name] += [took] * (run > 0)  # the first warms up
+        if args.rival == "trl" and run:
+            took, length[rival] = trl_iterations(model, tokenizer, questions, 2, args)
+            seconds.setdefault(rival, []).append(took.mean())
+    last = seconds.get(rival, seconds["sfl, grpo"])
     print(f"{'':16} tokens a response   seconds: min / median / max   the last one's time to it")
     for name, took in seconds.items():
-        ratios = low_middle_high(np.array(rival) / took)
+        ratios = low_middle_high(np.array(last) / took)
         print(f"{name:16} {length[name]:19.1f}   {low_middle_high(took):>27}   {ratios:>25}")
 
 
-def ours(model, tokenizer, prompts, algo):
+def ours(policy, prompts, algo, args):
     """A function that runs an iteration of sfl.py: rollouts, credit, update; returns its seconds
     and the mean length."""
     import numpy as np
@@ -332,24 +344,23 @@ def ours(model, tokenizer, prompts, algo):
     import ppo
     from rollout import Engine
 
-    policy = copy.deepcopy(model)
-    engine = Engine(policy)
+    engine = Engine(policy, dtype=getattr(torch, args.dtype))
     critic = ppo.ValueModel(policy) if algo == "ppo" else None
     models = [policy] if critic is None else [policy, critic]
     optimizer = torch.optim.AdamW([p for m in models for p in m.parameters()], lr=1e-6)
     settings = SimpleNamespace(
         temperature=1.0, gamma=1.0, lam=1.0, clip=0.2, value_clip=0.2, kl_coef=0.0, epochs=1,
-        loss_average="token", minibatch=QUESTIONS * N, tokens_per_microbatch=2048, fsdp=False,
-        max_grad_norm=1.0, max_ratio=10.0, dtype="float32",
+        loss_average="token", minibatch=args.questions * N, tokens_per_microbatch=2048, fsdp=False,
+        max_grad_norm=1.0, max_ratio=10.0, dtype=args.dtype,
     )  # fmt: skip
 
     def run(seed):
         start = time.perf_counter()
-        chosen = np.random.default_rng(seed).choice(len(prompts), QUESTIONS, replace=False)
+        rng = np.random.default_rng(seed)
+        chosen = rng.choice(len(prompts), args.questions, replace=False)
         groups = engine.generate(
-            [prompts[i] for i in chosen], n=N, max_new_tokens=MAX_NEW, seed=seed,
-            stop_ids=[tokenizer.eos_token_id],
-        )  # fmt: skip
+            [prompts[i] for i in chosen], n=N, max_new_tokens=MAX_NEW, seed=seed
+        )
         rollouts = [r for group in groups for r in group]
         even = [[len(r.response) % 2 == 0 for r in group] for group in groups]
         rewards = np.array(even, np.float32)
@@ -368,7 +379,7 @@ def ours(model, tokenizer, prompts, algo):
     return run
 
 
-def trl_iterations(model, tokenizer, questions, steps):
+def trl_iterations(model, tokenizer, questions, steps, args):
     """Seconds of each GRPOTrainer step but the first two, and the mean length."""
     import numpy as np
     import torch
@@ -389,10 +400,10 @@ def trl_iterations(model, tokenizer, questions, steps):
     with tempfile.TemporaryDirectory() as folder:
         config = GRPOConfig(
             output_dir=folder, use_cpu=not torch.cuda.is_available(), num_generations=N,
-            per_device_train_batch_size=QUESTIONS * N, max_completion_length=MAX_NEW,
+            per_device_train_batch_size=args.questions * N, max_completion_length=MAX_NEW,
             max_steps=steps + 2, learning_rate=1e-6, beta=0.0, temperature=1.0, report_to=[],
-            save_strategy="no", logging_steps=10**6, disable_tqdm=True, bf16=False,
-            gradient_checkpointing=False, seed=0,
+            save_strategy="no", logging_steps=10**6, disable_tqdm=True,
+            bf16=args.dtype == "bfloat16", gradient_checkpointing=False, seed=0,
         )  # fmt: skip
         rows = Dataset.from_list([{"prompt": q.prompt} for q in questions])
         trainer = GRPOTrainer(
@@ -581,6 +592,9 @@ def parse(argv=None):
             add.add_argument("--columns", type=positive, default=1280, help="of the cache (1280)")
         if command is iteration:
             add.add_argument("--rival", choices=("trl", "none"), default="trl")
+            add.add_argument("--model", default="tiny", help="tiny, or a model's folder")
+            add.add_argument("--dataset", default="arithmetic", help="as of sfl.py (arithmetic)")
+            add.add_argument("--questions", type=positive, default=32, help="x 8 rollouts (32)")
     return parser.parse_args(argv)
 
 

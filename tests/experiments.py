@@ -685,7 +685,7 @@ def compare_gradients(policy, tokenizer, critic, asked, *, n, repeats, truth):
         """d/d theta of the sum over tokens of A log pi, a response's mean, flat."""
         policy.zero_grad()
         some = [i for i in range(len(rollouts)) if advantages[i].any()]
-        for batch in batches.microbatches(rollouts, settings.tokens_per_microbatch, some):
+        for batch in batches.microbatches(rollouts, policy, settings.tokens_per_microbatch, some):
             logprobs = ppo.response_logprobs(policy, [rollouts[i] for i in batch], settings)
             advantage = torch.cat([torch.as_tensor(advantages[i]) for i in batch])
             ((advantage * logprobs).sum() / len(rollouts)).backward()
@@ -987,7 +987,7 @@ def improvements(model, questions=72, rollouts=384, lr=0.0003, seed=0):
         p = np.concatenate([reward, others_reward]).mean()
         policy.zero_grad()
         advantages = ppo.per_token(group, reward - reward.mean())
-        for batch in batches.microbatches(group, settings.tokens_per_microbatch):
+        for batch in batches.microbatches(group, policy, settings.tokens_per_microbatch):
             logprobs = ppo.response_logprobs(policy, [group[j] for j in batch], settings)
             advantage = torch.cat([advantages[j] for j in batch])
             (-(advantage * logprobs).sum() / rollouts).backward()

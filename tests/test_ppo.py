@@ -168,7 +168,8 @@ def test_head_gradcheck(softcap):
 
 def test_the_head_is_computed_where_the_mask_says():
     model, rollouts = build("gpt2"), some_rollouts()
-    tokens, mask = batches.padded_batch(rollouts, model)
+    tokens, mask, sharing = batches.padded_batch(rollouts, model)
+    assert sharing == {}  # no two have the same prompt
     assert mask.sum() == sum(len(r.response) for r in rollouts)
     ours = logprobs.token_logprobs(model, tokens, mask=mask)
     assert (ours[~mask] == 0).all()
@@ -376,16 +377,80 @@ def test_passes_without_gradient_do_not_depend_on_the_batching(budget):
 
 
 def test_microbatches_keep_to_the_budget_and_lose_nothing():
-    rollouts = some_rollouts(40)
-    lengths = [len(r.prompt) + len(r.response) for r in rollouts]
-    groups = batches.microbatches(rollouts, 50)
+    model, rollouts = build(), some_rollouts(40)
+    groups = batches.microbatches(rollouts, model, 50)
     assert sorted(i for group in groups for i in group) == list(range(40))
-    sizes = [len(group) * max(lengths[i] for i in group) for group in groups]
+    padded = [batches.padded_batch([rollouts[i] for i in group], model)[0] for group in groups]
+    sizes = [tokens.numel() for tokens in padded]
+    lengths = [len(r.prompt) + len(r.response) for r in rollouts]
     assert max(sizes) <= 50 and sum(sizes) < 1.2 * sum(lengths)  # little of it is padding
     # each is longer than the budget: alone
-    assert all(len(group) == 1 for group in batches.microbatches(rollouts, 1))
-    chosen = batches.microbatches(rollouts, 50, [3, 5, 7])
+    assert all(len(group) == 1 for group in batches.microbatches(rollouts, model, 1))
+    chosen = batches.microbatches(rollouts, model, 50, [3, 5, 7])
     assert sorted(i for group in chosen for i in group) == [3, 5, 7]
+
+
+def with_shared_prompts(groups=6, n=4, seed=0):
+    """Groups of n rollouts to one prompt, in no order."""
+    rollouts = some_rollouts(groups * n, seed)
+    for i, r in enumerate(rollouts):
+        r.prompt = rollouts[i % groups].prompt
+    return rollouts
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_responses_that_share_a_prompt_have_their_own_logprobs_values_and_gradient(name):
+    model, rollouts = build(name), with_shared_prompts()
+    critic = ppo.ValueModel(model)
+    torch.nn.init.normal_(critic.head.weight)
+    config = update_config(tokens_per_microbatch=120)
+
+    def outputs():
+        """Log-probs, values, and the gradient of a sum that tells the tokens apart."""
+        scored = [ppo.rollout_logprobs(model, rollouts, config)]
+        scored.append(ppo.rollout_values(critic, rollouts, config))
+        for network, score in ((model, ppo.response_logprobs), (critic, ppo.response_values)):
+            network.zero_grad()
+            for some in batches.microbatches(rollouts, network, 120):
+                weights = torch.cat([noise(rollouts)[i] for i in some])
+                (score(network, [rollouts[i] for i in some], config) * weights).sum().backward()
+            scored.append([p.grad.clone() for p in network.parameters() if p.grad is not None])
+        return scored
+
+    shares = batches.shares_prompts(model)
+    # Gemma's and Mistral's windows count columns: nothing is shared there.
+    assert shares == (getattr(model.config.get_text_config(), "sliding_window", None) is None)
+    together = outputs()
+    if shares:  # fewer tokens are read
+        read = [batches.padded_batch([rollouts[i] for i in some], model)
+                for some in batches.microbatches(rollouts, model, 120)]  # fmt: skip
+        each = sum(len(r.prompt) + len(r.response) for r in rollouts)
+        assert sum(tokens.numel() for tokens, _, _ in read) < 0.9 * each
+    model.base_model.shares_prompts = critic.backbone.shares_prompts = False
+    apart = outputs()
+    for one, other in zip(together, apart):
+        for mine, theirs in zip(one, other, strict=True):
+            close(mine, theirs, 1e-3, 2e-4)
+
+
+def test_rows_of_several_responses_keep_to_their_limit():
+    model = build()
+    rollouts = [SimpleNamespace(prompt=[3] * 9, response=[4] * 10) for _ in range(50)]
+    # 8 tokens of the prompt, then 11 for each response
+    assert [len(row) for row in batches.shared_rows(rollouts, model, 8 + 3 * 11)] == [3] * 16 + [2]
+    assert [len(row) for row in batches.shared_rows(rollouts, model, 1)] == [1] * 50
+    tokens, mask, sharing = batches.padded_batch(rollouts[:2], model)
+    assert tokens.shape == (1, 8 + 2 * 11) and mask.sum() == 20
+    positions = [*range(19), *range(8, 18)]
+    assert sharing["position_ids"].tolist() == [positions]
+
+
+def test_a_model_that_cannot_read_such_rows_reads_them_one_by_one(monkeypatch):
+    """It takes the mask, and does something else with it."""
+    model = build()
+    model.set_attn_implementation("eager")  # adds the mask to the scores
+    assert not batches.shares_prompts(model)
+    assert batches.padded_batch(with_shared_prompts(1, 2), model)[2] == {}
 
 
 # --------------------------------------------------------------------------- losses
