@@ -222,9 +222,9 @@ class Fused(Exception):
 
 
 def fused(function, *args):
-    """The kernels of a function of fake tensors, compiled for a card: [(name of a library's or "",
-    node, bytes, instructions), ...]. PyTorch's own compiler is asked what it
-    would fuse for Triton, and stopped before it writes any."""
+    """The kernels of a function of fake tensors, compiled for a card: [(name, if a library has it,
+    first node, bytes, instructions), ...]. PyTorch's own compiler is asked what it would fuse for
+    Triton, and stopped before it writes any."""
     from torch._inductor import config, ir
 
     kernels = []
@@ -250,9 +250,9 @@ def fused(function, *args):
 
 
 def traffic(node):
-    """(bytes, instructions) of a kernel. It reads and writes what others see, and a row that is too
-    long to be kept again for each sum over it that waits for another one. For an entry of such a
-    row: ten instructions, and two for each sum that it is part of."""
+    """(bytes, instructions) of a kernel. It moves what others made or need; and a row that is too
+    long to keep, again for each sum over it that waits for another one. (Of such a row an entry
+    takes ten instructions, and two for each sum that it is part of; else bytes decide.)"""
     parts, moved, loops, work = node.get_nodes(), {}, {}, 0
     makers = {name: part for part in parts for name in part.get_buffer_names()}
     for part in parts:

@@ -15,6 +15,8 @@ import rollout
 from plumbing import attention, fast
 
 compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
+# PyTorch 2.6 cannot compile a model of today's transformers: there the plain step goes on.
+recent = pytest.mark.skipif(attention.varlen_attn is None, reason="needs PyTorch 2.10 or later")
 
 
 @pytest.fixture
@@ -73,6 +75,7 @@ def test_the_draw_compiles(compiled):
 
 
 @compiler
+@recent
 def test_a_forward_compiles(compiled, monkeypatch):
     monkeypatch.setitem(gpu.SIZE, "num_hidden_layers", 2)
     model = gpu.build("qwen2", torch.float32, "cpu")
@@ -148,7 +151,7 @@ def test_without_a_compiler_nothing_changes(monkeypatch):
     assert not fast.compiles(tensor)
 
 
-@pytest.mark.skipif(attention.varlen_attn is None, reason="needs PyTorch's varlen_attn")
+@recent
 def test_a_compiled_step_is_few_kernels():
     """By the account: of a layer 7 products, attention and ten others; of the draw's a dozen."""
     config = benchmark.config_of("0.5b")
