@@ -40,7 +40,7 @@ from functools import partial
 import numpy as np
 import torch
 
-from plumbing import attention, memory
+from plumbing import attention, fast, memory
 from plumbing.attention import decode, prefill, serving
 from plumbing.commands import progress_bar, require
 from plumbing.graphs import round_up
@@ -312,6 +312,7 @@ def harvest(released, stop_text):
 # --------------------------------------------------------------------------- the draw
 
 
+@fast.faster(fast.suits, fast.draw)
 def draw_tokens(logits, uniform, sampling):
     """logits (slots, vocab), uniform (slots, 1) in [0, 1) -> tokens and their log-probs before
     truncation, (slots, 1) each."""

@@ -19,8 +19,14 @@ from transformers import AttentionInterface
 from transformers.cache_utils import Cache
 
 from plumbing.commands import require
+from plumbing.fast import faster
 from plumbing.memory import is_out_of_memory
 from plumbing.processes import whole
+
+try:
+    from torch.nn.attention.varlen import varlen_attn
+except ImportError:  # PyTorch before 2.10
+    varlen_attn = None
 
 # --------------------------------------------------------------------------- the cache
 
@@ -37,7 +43,8 @@ class SlotCache(Cache):
         self.columns = columns
         self.tables = {}  # layer -> (keys, values)
         self.prefilled = {}  # layer -> the same of the prefill: (prompts, kv_heads, time, head_dim)
-        self.biases = {}  # sliding window (or None) -> additive mask of this forward
+        # Made once a forward: sliding window (or None) -> additive mask, and "own" -> `extents`.
+        self.biases = {}
 
     def begin(self, position, used, prefill=False):
         """Start a forward. position: of each query, (rows,) in a decode step, one query a row;
@@ -52,17 +59,21 @@ class SlotCache(Cache):
         """Called by each layer with its new keys and values, (rows, kv_heads, time, head_dim) each;
         returns those to attend to."""
         if layer_idx not in self.tables:
-            # zeros: a stale NaN times an attention weight of 0 is NaN
-            self.tables[layer_idx] = [
-                x.new_zeros(self.slots, x.shape[1], self.columns, x.shape[3]) for x in (key, value)
-            ]
+            self.tables[layer_idx] = [self.new_table(x) for x in (key, value)]
         if self.prefill:
             self.prefilled[layer_idx] = key, value
             return key, value
         tables = self.tables[layer_idx]
         for table, new in zip(tables, (key, value)):
             table[self.rows, :, self.position] = new[:, :, 0]
-        return [table[: len(self.rows), :, : self.used] for table in tables]
+        return [table[: len(self.rows)] for table in tables]
+
+    def new_table(self, like):
+        sizes = self.slots, like.shape[1], self.columns, like.shape[3]
+        # In memory the heads of a column lie together on a card: `own_columns` needs it.
+        order = (0, 2, 1, 3) if like.is_cuda else (0, 1, 2, 3)
+        table = torch.empty_permuted(sizes, order, dtype=like.dtype, device=like.device)
+        return table.zero_()  # a stale NaN times an attention weight of 0 is NaN
 
     def fill(self, slots, origin, sources, time):
         """Copy the first `time` columns of the rows `sources` of `origin`, which is `prefilled` or
@@ -86,6 +97,15 @@ class SlotCache(Cache):
             self.biases[window] = bias if self.prefill else bias[:, None, None]
         return self.biases[window]
 
+    def extents(self):
+        """For `own_columns`: where each row's query starts, and its columns in the table, (rows +
+        1,) each; and how many of these are filled, (rows,)."""
+        if "own" not in self.biases:
+            rows, device = len(self.rows), self.position.device
+            starts = torch.arange(rows + 1, dtype=torch.int32, device=device)
+            self.biases["own"] = starts, starts * self.columns, (self.position + 1).int()
+        return self.biases["own"]
+
 
 # --------------------------------------------------------------------------- attention over it
 
@@ -102,6 +122,10 @@ def attention(
     batch, heads, time, dim = query.shape
     group = heads // key.shape[1]  # query heads that share a key head
     scale = dim**-0.5 if scaling is None else scaling
+    if not cache.prefill and softcap is None and reads_own_columns(query):
+        return own_columns(cache, query, key, value, scale, sliding_window), None
+    key = key[:, :, : cache.used]
+    value = value[:, :, : cache.used]
     if cache.prefill:  # prompts are padded on the right, where causal attention never looks
         key = key.repeat_interleave(group, 1)
         value = value.repeat_interleave(group, 1)
@@ -122,6 +146,25 @@ def attention(
         out = weights.to(value.dtype) @ value
     out = out.reshape(batch, heads, time, -1)
     return out.transpose(1, 2), None
+
+
+def reads_own_columns(query):
+    """Only in a compiled step, which is compared with a plain one first (`fast.faster`)."""
+    there = varlen_attn is not None and query.is_cuda and query.dtype == torch.bfloat16
+    return there and torch.compiler.is_compiling()
+
+
+def own_columns(cache, query, key, value, scale, window=None):
+    """The same for a decode step, by a kernel that reads no columns but a slot's own, and each once
+    for all the query heads that share it. query (slots, heads, 1, dim); key and value (slots,
+    kv_heads, columns, dim) -> (slots, 1, heads, dim)."""
+    key, value = (x.transpose(1, 2).flatten(0, 1) for x in (key, value))  # (slots * columns, ...)
+    # How many columns before the query's own and after it: all of the slot's, or a window.
+    how = {"window_size": (-1, -1) if window is None else (window - 1, 0)}
+    starts, first_columns, filled = cache.extents()
+    how |= {"scale": scale, "enable_gqa": True, "seqused_k": filled}
+    sizes = starts, first_columns, 1, cache.columns
+    return varlen_attn(query[:, :, 0], key, value, *sizes, **how)[:, None]
 
 
 # No mask function has that name, so models build no mask of their own.
@@ -161,6 +204,7 @@ def prefill(model, cache, prompts):
     forward(model.base_model, cache, tokens, cache.position[None])
 
 
+@faster()
 def decode(model, cache, tokens):
     """A decode step's forward at `cache.position`. tokens: (rows, 1) -> logits (rows, vocab)."""
     return forward(model, cache, tokens, cache.position[:, None]).logits[:, 0]

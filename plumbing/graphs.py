@@ -52,10 +52,11 @@ class Graphs:
     def capture(self, function, state):
         saved = [x.clone() for x in state]
         before = torch.cuda.get_sync_debug_mode()
-        # Run it once, as a capture asks. Here a function that waits for the card fails harmlessly:
-        # inside a capture it would invalidate that, and leave the allocator in disorder.
-        torch.cuda.set_sync_debug_mode("error")
         try:
+            function()  # as a capture asks; and here it is compiled, which waits for the card
+            # Here a function that waits fails harmlessly: inside a capture it would invalidate
+            # that, and leave the allocator in disorder.
+            torch.cuda.set_sync_debug_mode("error")
             function()
         finally:
             torch.cuda.set_sync_debug_mode(before)

@@ -1,6 +1,7 @@
 """What fits: devices, free memory, passes made again in halves, and what a run will take."""
 
 import contextlib
+import copy
 import gc
 import math
 import os
@@ -189,6 +190,7 @@ def dry_run(config, model):
     return "\n".join(lines)
 
 
+HOME = "home-gsm8k"  # the preset of a run that fits 24 GB
 # What makes a run smaller and changes no gradient, the cheapest first.
 SMALLER = [("tokens_per_microbatch", 8192), ("tokens_per_microbatch", 4096)]
 SMALLER += [("gradient_checkpointing", True), ("offload_optimizer", True)]
@@ -200,6 +202,35 @@ def make_it_fit(config, model, device):
     if not device.startswith("cuda") or config.fsdp:
         return
     free = free_memory(device) + sum(p.nbytes for p in model.parameters() if p.is_cuda)
+    needed, changes = shrink(config, model, device, free)
+    sizes = f"{needed / 2**30:.1f} GiB of {free / 2**30:.1f} that are free"
+    said = "so that it fits:" if needed < free else f"it may not fit (try --preset {HOME}):"
+    flags = " ".join(f"--{name} {value}" for name, value in changes.items())
+    if rank() == 0 and (changes or needed >= free):
+        print(f"{said} {flags} ({sizes})", file=sys.stderr)
+
+
+def is_too_large(config):
+    """Does a run whose model nobody chose not fit the card, by its forecast, whatever else is made
+    smaller? Says so. Nothing but the model's configuration is read."""
+    device = pick_device(config.device) if torch.cuda.is_available() else "cpu"
+    if not device.startswith("cuda") or config.fsdp:
+        return False
+    try:
+        model = outline(config.model)
+    except ValueError:  # offline, say: to load it will fail, and say why
+        return False
+    free = free_memory(device)
+    needed, _ = shrink(copy.copy(config), model, device, free)
+    if needed >= free:
+        sizes = f"{needed / 2**30:.1f} GiB at least, and {free / 2**30:.1f} are free"
+        print(f"{config.model} takes {sizes}: going on as --preset {HOME}", file=sys.stderr)
+    return needed >= free
+
+
+def shrink(config, model, device, free):
+    """Change `config` until the forecast fits, or nothing is left to change. Returns the bytes that
+    it needs then, and {setting: value}."""
     needed = sum(forecast(config, model, device, free).values())
     changes = {}
     for name, value in SMALLER:
@@ -211,11 +242,7 @@ def make_it_fit(config, model, device):
             setattr(config, name, value)
             changes[name] = value
             needed = sum(forecast(config, model, device, free).values())
-    sizes = f"{needed / 2**30:.1f} GiB of {free / 2**30:.1f} that are free"
-    said = "so that it fits:" if needed < free else "it may not fit (try --preset home-gsm8k):"
-    flags = " ".join(f"--{name} {value}" for name, value in changes.items())
-    if rank() == 0 and (changes or needed >= free):
-        print(f"{said} {flags} ({sizes})", file=sys.stderr)
+    return needed, changes
 
 
 def forecast(config, model, device, free=math.inf):

@@ -2,11 +2,14 @@
 pretended (card.py). Nothing here is measured.
 
     update_memory   the peak of an update's bytes, beside the forecast of sfl.py --dry_run
-    decode_step     a decode step: the peak of its bytes; kernels, bytes moved, and the time that
-                    these would take if a card did nothing else
+    decode_step     a decode step, plain or compiled: the peak of its bytes; kernels, bytes moved,
+                    and the time that these would take if a card did nothing else
 """
 
 import contextlib
+import itertools
+import math
+import warnings
 import weakref
 from collections import defaultdict
 from types import SimpleNamespace
@@ -20,13 +23,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import ppo
 import rollout
 import sfl
-from plumbing import attention, memory
+from plumbing import attention, fast, memory
 from plumbing.slots import Slots
 
 FAKE_DEVICE = FakeTensor.device.fget
-# An H100 SXM: bytes a second (of 3.35e12), bfloat16 products a second (of 989e12), seconds that a
-# kernel of a graph takes at least.
-BANDWIDTH, FLOPS, LAUNCH = 2.8e12, 600e12, 2e-6
+# An H100 SXM: bytes a second (of 3.35e12), bfloat16 products a second (of 989e12), other
+# instructions (132 cores, 128 a clock), seconds that a kernel of a graph takes at least.
+BANDWIDTH, FLOPS, PLAIN, LAUNCH = 2.8e12, 600e12, 2.9e13, 2e-6
+LONG = 2**14  # numbers of a row that are too many for a core to keep
 
 
 class Account(TorchDispatchMode):
@@ -134,12 +138,18 @@ def update_memory(model_config, flags, length=1024, prompt=128):
     return sum(said[name] for name in owners), account.peak
 
 
-def decode_step(model_config, rows, used, sampling):
+def decode_step(model_config, rows, used, sampling, filled=None):
     """A decode step of `rows` slots that read `used` columns, in bfloat16. Returns its peak, bytes
-    a row and entry of the vocabulary, and {kind: [kernels, bytes, seconds]}."""
+    a row and entry of the vocabulary, and {kind: [kernels, bytes, seconds]}. filled: columns that
+    a row holds on average; given, the step is a compiled one, which reads no others."""
     mode, account, [model] = fake_models(model_config, torch.bfloat16)
     vocab = model_config.vocab_size
     kinds = defaultdict(lambda: [0, 0, 0.0])
+
+    def add(kind, moved, flops=0, work=0):
+        times = moved / BANDWIDTH, flops / FLOPS, work / PLAIN, LAUNCH
+        for i, amount in enumerate((1, moved, max(times))):
+            kinds[kind][i] += amount
 
     def watch(func, read, made):
         name = func._schema.name.removeprefix("aten::")
@@ -157,12 +167,26 @@ def decode_step(model_config, rows, used, sampling):
         moved = sum(sizes)
         if name in ("embedding", "gather", "index_put_", "scatter_", "index"):
             moved = 3 * min(sizes)  # they touch as many numbers as the smaller of their tensors has
-        times = moved / BANDWIDTH, flops / FLOPS, LAUNCH
-        for i, amount in enumerate((1, moved, max(times))):
-            kinds[kind][i] += amount
+        add(kind, moved, flops)
+
+    calls = []  # of what a card compiles
+
+    def later(function, compiled):
+        def call(*args):
+            account.watch, before = lambda *_: None, account.watch
+            calls.append((compiled, args))
+            out = function(*args)
+            account.watch = before
+            return out
+
+        return call
 
     with on_card(model), pytest.MonkeyPatch.context() as patch:
         patch.setattr(attention, "check_servable", lambda model: None)
+        if filled is not None:
+            plain = attention.decode.__wrapped__
+            patch.setattr(rollout, "decode", later(plain, plain))
+            patch.setattr(rollout, "draw_tokens", later(rollout.draw_tokens.__wrapped__, fast.draw))
         engine = rollout.Engine(model, slots=rows)
         with mode, account:
             engine.table = table = Slots(model, rows, used)
@@ -172,17 +196,97 @@ def decode_step(model_config, rows, used, sampling):
                 account.peak = before = account.now
                 account.watch = watch
                 engine.decode_step(rows, used, stop_ids, sampling)
+    with mode, attention.serving(model, table.cache):
+        for function, args in calls[2:]:
+            table.cache.biases.clear()
+            for name, node, moved, work in fused(function, *args):
+                flops = 0
+                kind = "draw" if function is fast.draw else "small kernels"
+                if "mm" in name:
+                    kind = "head" if node.get_size()[-1] == vocab else "layers' products"
+                    flops = 2 * math.prod(node.get_size()) * node.inputs[-1].get_size()[0]
+                elif "varlen" in name:
+                    kind = "attention"
+                    keys, values = table.cache.tables[0]
+                    moved = (keys.nbytes + values.nbytes) * filled / used
+                    add("small kernels", 0)  # it also zeroes the state of a dropout
+                add(kind, moved, flops, work)
     return (account.peak - before) / rows / vocab, dict(kinds)
 
 
-def decode_report(model_config, rows, used, sampling):
+# --------------------------------------------------------------------------- compiled
+
+
+class Fused(Exception):
+    """Nothing is left to do: the compiler has said into which kernels it would fuse."""
+
+
+def fused(function, *args):
+    """The kernels of a function of fake tensors, compiled for a card: [(name, if a library has it,
+    first node, bytes, instructions), ...]. PyTorch's own compiler is asked what it would fuse for
+    Triton, and stopped before it writes any."""
+    from torch._inductor import config, ir
+
+    kernels = []
+
+    def look(nodes):
+        for node in nodes:
+            inner = node.get_nodes()[0].node
+            moved, work = traffic(node)
+            if moved:
+                name = str(getattr(inner, "op_overload", None) or "")
+                kernels.append((name, inner, moved, work))
+        raise Fused
+
+    torch._dynamo.reset()
+    settings = {"cpu_backend": "triton", "_post_fusion_custom_pass": look}
+    with pytest.MonkeyPatch.context() as patch, config.patch(settings), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        patch.setattr(ir, "is_cpu", lambda x: False)  # what a CPU would rather store, it computes
+        patch.setattr(attention, "reads_own_columns", lambda query: True)
+        with pytest.raises(Exception, match="Fused"):
+            torch.compile(function, dynamic=False)(*args)
+    return kernels
+
+
+def traffic(node):
+    """(bytes, instructions) of a kernel. It moves what others made or need; and a row that is too
+    long to keep, again for each sum over it that waits for another one. (Of such a row an entry
+    takes ten instructions, and two for each sum that it is part of; else bytes decide.)"""
+    parts, moved, loops, work = node.get_nodes(), {}, {}, 0
+    makers = {name: part for part in parts for name in part.get_buffer_names()}
+    for part in parts:
+        before = [makers[dep.name] for dep in part.read_writes.reads if dep.name in makers]
+        loops[part] = max([loops[p] + long(p) for p in before if p is not part], default=0)
+        for name, size in part.get_read_write_buffer_accesses(True, True).items():
+            users = part.scheduler.name_to_buf[name].users if name in makers else []
+            if name not in makers or any(user.node not in parts for user in users):
+                key = name, loops[part]
+                moved[key] = max(size, moved.get(key, 0))
+        work += 2 * entries(part) * long(part)
+    return sum(moved.values()), work + 10 * max(map(entries, parts)) * (work > 0)
+
+
+def entries(part):
+    """How often a kernel's loop runs."""
+    return math.prod(map(int, itertools.chain(*part.get_ranges()))) if part.is_reduction() else 0
+
+
+def long(part):
+    return part.is_reduction() and math.prod(map(int, part.get_ranges()[1])) > LONG
+
+
+def decode_report(model_config, rows, used, sampling, filled=None):
     """The account of a decode step, as text."""
-    peak, kinds = decode_step(model_config, rows, used, sampling)
+    peak, kinds = decode_step(model_config, rows, used, sampling, filled)
     kernels, moved, seconds = map(sum, zip(*kinds.values()))
     settings = f"temperature {sampling.temperature}, top-p {sampling.top_p}"
+    how = f"{peak:.0f} bytes a row and entry"
+    if filled is not None:
+        how = f"compiled, a row's own {filled:.0f} columns"
     lines = [
         f"{rows} rows, {used} columns, {settings}: {kernels} kernels, {moved / 1e9:.1f} GB, "
-        f"{1e3 * seconds:.1f} ms a step at least; {peak:.0f} bytes a row and entry"
+        f"{1e3 * seconds:.1f} ms a step at least; {how}"
     ]
     for kind, (kernels, moved, seconds) in sorted(kinds.items(), key=lambda item: -item[1][2]):
         lines.append(f"    {kind:17}{kernels:6} {moved / 1e9:7.2f} GB {1e3 * seconds:6.2f} ms")

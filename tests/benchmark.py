@@ -533,14 +533,18 @@ def forecast(args):
 
 def decode_cost(args):
     """Of a decode step on an H100, in bfloat16: kernels, bytes and the time that they need at
-    least, by an account of its operations. Nothing is measured."""
+    least, by an account of its operations; and of a compiled one, in which a row reads the columns
+    that it holds (it may read up to a block of these more). Nothing is measured."""
     import account
 
     from rollout import Sampling
 
+    sizes = config_of(args.model), args.rows, args.columns
     for temperature, top_p in ((0.6, 0.9), (1.0, 1.0), (0.0, 1.0)):
         sampling = Sampling(temperature, top_p, 0, frozenset([2]))
-        print(account.decode_report(config_of(args.model), args.rows, args.columns, sampling))
+        print(account.decode_report(*sizes, sampling))
+        if temperature > 0:
+            print(account.decode_report(*sizes, sampling, args.filled * args.columns))
 
 
 # --------------------------------------------------------------------------- the command line
@@ -590,6 +594,8 @@ def parse(argv=None):
         if command is decode_cost:
             add.add_argument("--rows", type=positive, default=512, help="decoded at once (512)")
             add.add_argument("--columns", type=positive, default=1280, help="of the cache (1280)")
+            add.add_argument("--filled", type=float, default=0.5, help="share of the columns that "
+                             "a row holds: half of them (0.5), if lengths are even")  # fmt: skip
         if command is iteration:
             add.add_argument("--rival", choices=("trl", "none"), default="trl")
             add.add_argument("--model", default="tiny", help="tiny, or a model's folder")

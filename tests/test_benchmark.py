@@ -51,7 +51,7 @@ def test_accounts(capsys, monkeypatch):
     assert "tiny --algo grpo" in capsys.readouterr().out
     benchmark.main("decode_cost --model tiny --rows 8 --columns 64".split())
     out = capsys.readouterr().out
-    assert out.count("ms a step at least") == 3 and "attention" in out
+    assert out.count("ms a step at least") == 5 and out.count("a row's own 32 columns") == 2
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 how often the host waits, and what takes how much of its memory."""
 
 import copy
+import json
 from collections import Counter
 
 import account
@@ -24,6 +25,7 @@ SMALL = "--curriculum lilo --max_candidates 32 --rollouts 4 --questions 8 --eval
 SMALL += " --max_new_tokens 24 --minibatch 16 --iterations 1 --mc_rollouts 2 --slots 32"
 SMALL = SMALL.split()
 BATCH = ppo.MicroBatch
+RHO = sfl.Settings.model  # the papers'
 
 
 # --------------------------------------------------------------------------- sampling
@@ -282,19 +284,32 @@ def outline(size):
         (140, "--dataset gsm8k", "1b", ""),
         (78, "--dataset gsm8k", "1b", "fits: --tokens_per_microbatch 8192 ("),
         (38, "--dataset gsm8k", "1b", "fits: --tokens_per_microbatch 4096 --gradient_check"),
-        (22, "--dataset gsm8k", "1b", "not fit (try --preset home-gsm8k)"),
+        (22, f"--dataset gsm8k --model {RHO}", "1b", "not fit (try --preset home-gsm8k)"),
+        (22, "--preset sfl-gsm8k", "1b", "not fit (try --preset home-gsm8k)"),
+        (22, "--dataset gsm8k", "0.5b", "22.0 are free: going on as --preset home-gsm8k\n"),
+        (22, "--dataset math --seed 3", "0.5b", "going on as --preset home-gsm8k\n"),
+        (22, "--dataset gsm8k --algo vineppo", "1b", "fits: --tokens_per_microbatch 4096 --gra"),
+        (22, "--dataset gsm8k --algo expert", "1b", "not fit (try --preset home-gsm8k)"),
         (22, "--preset home-gsm8k", "0.5b", ""),
     ],
 )
-def test_a_run_takes_settings_that_fit_its_card(gib, flags, size, said, monkeypatch, capsys):
-    model = outline(size)
+def test_a_run_takes_what_fits_its_card(gib, flags, size, said, tmp_path, monkeypatch, capsys):
+    """Settings; and where these do not suffice, a smaller model in place of one nobody named."""
+    models = {name: outline(name) for name in ("1b", "0.5b")}
+    monkeypatch.setattr(memory, "outline", lambda path: models["1b" if path == RHO else "0.5b"])
     Card(monkeypatch)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (gib * 2**30, gib * 2**30))
     config = sfl.parse(flags.split())
-    memory.make_it_fit(config, model, "cuda")
+    assert config.model == (RHO if size == "1b" else "Qwen/Qwen2.5-0.5B-Instruct")
+    assert (config.dataset, config.seed) == (("math", 3) if "seed" in flags else ("gsm8k", 0))
+    (tmp_path / "config.json").write_text(json.dumps(vars(config)))
+    again = {"resume": str(tmp_path), "out": str(tmp_path)}
+    resumed = sfl.parse(["--resume", str(tmp_path)])  # says nothing
+    memory.make_it_fit(config, models[size], "cuda")
     printed = capsys.readouterr().err
+    assert vars(resumed) == json.loads((tmp_path / "config.json").read_text()) | again
     assert said in printed and bool(printed) == bool(said)
-    assert ("not fit" in printed) != ("it fits" in memory.dry_run(config, model))
+    assert ("not fit" in printed) != ("it fits" in memory.dry_run(config, models[size]))
 
 
 def test_a_mac_s_gpu_is_for_large_models(monkeypatch, capsys):
