@@ -6,6 +6,7 @@ files, rows  files, folders and the hub -> rows -> questions
 attention    how a Hugging Face model reads a table of slots
 slots        the engine's state: one line of numbers a slot
 graphs       CUDA graphs of a decode step
+fast         a decode step compiled, on a card, where it is asked for
 nucleus      top-p without sorting the vocabulary
 stops        what ends a response
 steps        where sentences end and formulas are (VinePPO on MATH)

@@ -1,9 +1,9 @@
-"""A decode step in few, large kernels: compiled, on a card whose PyTorch has a compiler (Triton).
+"""A decode step in few, large kernels: compiled, on a card, where SFL_COMPILE=1 asks for it.
 
 A plain step is a thousand kernels, and each reads from memory what the one before it wrote there.
-`torch.compile` makes one of many. That takes a while when a step first has a new width;
-TORCH_COMPILE_DISABLE=1 leaves it out. None of this has met a card. So what is compiled must first
-compute what the plain function computes; else that one goes on, with a warning.
+`torch.compile` makes one of many. It takes its time when a step first has a new width, and none of
+this has met a card: so it must be asked for, and what is compiled must first compute what the plain
+function computes. Else that one goes on, with a warning.
 """
 
 import functools
@@ -21,9 +21,9 @@ LOWEST, HIGHEST = -32641, 32640  # places of -inf and of inf among the bfloat16 
 
 
 def compiles(tensor):
-    """Is there a compiler for where it lies, and was it not turned off?"""
-    allowed = os.environ.get("TORCH_COMPILE_DISABLE", "0") != "1"
-    return allowed and tensor.is_cuda and find_spec("triton") is not None
+    """Was it asked for, and is there a compiler for where the tensor lies?"""
+    asked = os.environ.get("SFL_COMPILE") == "1"
+    return asked and tensor.is_cuda and find_spec("triton") is not None
 
 
 def faster(suits=lambda *args: True, other=None):

@@ -143,11 +143,13 @@ def test_what_fails_or_differs_is_not_used(monkeypatch):
         fast.faster(other=full)(lambda x: x)(torch.ones(1))
 
 
-def test_without_a_compiler_nothing_changes(monkeypatch):
+def test_it_must_be_asked_for(monkeypatch):
     tensor = SimpleNamespace(is_cuda=True)
     monkeypatch.setattr(fast, "find_spec", lambda name: name == "triton")
+    assert not fast.compiles(tensor)
+    monkeypatch.setenv("SFL_COMPILE", "1")
     assert fast.compiles(tensor) and not fast.compiles(torch.ones(1))
-    monkeypatch.setenv("TORCH_COMPILE_DISABLE", "1")
+    monkeypatch.setattr(fast, "find_spec", lambda name: None)
     assert not fast.compiles(tensor)
 
 
