@@ -608,7 +608,7 @@ def test_values_refuse(flags, message, tmp_path):
     assert "\n" not in str(raised.value)
 
 
-# --------------------------------------------------------------------------- experiments.py gradients
+# ------------------------------------------------------------------------ experiments.py gradients
 
 
 @pytest.mark.parametrize(
