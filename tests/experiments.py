@@ -633,14 +633,16 @@ def gradients(args, n=8):
     from plumbing import checkpoint
 
     runs, asked, settings = TASKS[args.task](args)
-    execute({run: flags for run, flags in runs.values()}, args.workers)
+    execute({run: flags for run, flags in runs.values() if flags}, args.workers)
     measured = {}
     for title, (run, _) in runs.items():
-        kept = run / "gradients.json"  # measured once
+        kept = Path(args.runs, f"{args.task}-{run.name}.json")  # measured once
         if not kept.exists():
             policy, tokenizer = checkpoint.load_model(run)
             critic, found = load_critic(run, policy), []
             for name, questions in asked.items():
+                if critic is None:
+                    critic, questions = fit_head(policy, tokenizer, *questions)
                 row = compare_gradients(policy, tokenizer, critic, questions, n=n, **settings)
                 found.append((name, *row))
             kept.write_text(json.dumps(found))
@@ -701,24 +703,55 @@ def of_walks(args, questions=8):
     return runs, asked, {"max_new_tokens": 24}
 
 
-def of_words(args, questions=8):
-    """A pretrained model after its warm start. It stands still while its critic learns from 0."""
+def of_words(args, questions=8, pool=64):
+    """A pretrained model after its warm start. Its critic is a linear head on the same features."""
     import data
     import vineppo
-    from plumbing import report
 
-    flags = f"--model {args.model} --dataset {args.data} {WORDS} --eval_limit 16 --algo ppo"
-    flags += " --curriculum uniform --lr 0 --critic_lr 1e-5 --iterations 10"
-    run = Path(args.runs, "words-critic")
-    execute({run: flags.split()}, 1)
-    train = data.load_questions(args.data, "train")
-    sampled = [group for row in report.read_run(run) for group in row["sampled"]]
-    learnable = [train[i] for i, _, successes, n in sampled if 2 <= successes <= n - 2]
     # A solution is one line, formula=result. The steps here: formula, result, answer.
     vineppo.STEP_NEWLINE = re.compile(r"=|\n")
-    settings = {"repeats": 6, "truth": 1024, "more": 1, "max_new_tokens": 64, "last_layers": 6}
-    name = f"{questions} questions"
-    return {"10 iterations": (run, flags.split())}, {name: learnable[:questions]}, settings
+    train = data.load_questions(args.data, "train", limit=pool)
+    settings = {"repeats": 4, "truth": 512, "more": 1, "max_new_tokens": 64, "last_layers": 6}
+    runs = {"after the warm start": (Path(args.model), None)}
+    return runs, {f"{questions} of {pool} questions": (train, questions)}, settings
+
+
+def fit_head(policy, tokenizer, questions, few, n=8, max_new_tokens=64):
+    """(critic, questions): those `few` that are solved most nearly half of the time, and a critic
+    whose head is fitted (ridge regression) on n responses to each of the others."""
+    import torch
+
+    import data
+    import eval as evaluation
+    import ppo
+    from plumbing import batches
+    from rollout import Engine
+
+    prompts, stops = data.encode_prompts(tokenizer, questions), data.stop_ids(policy, tokenizer)
+    sampling = {"n": n, "max_new_tokens": max_new_tokens, "seed": 2, "stop_ids": stops}
+    groups = Engine(policy).generate(prompts, **sampling)
+    rewards = evaluation.rewards(tokenizer, questions, groups)
+    order = np.argsort(abs(rewards.mean(1) - 0.5), kind="stable")
+    critic = ppo.ValueModel(policy)
+    kept = [(r, reward) for i in order[few:] for r, reward in zip(groups[i], rewards[i])]
+    rollouts, grades = zip(*kept)
+    features, targets = [], []
+    with torch.no_grad():
+        for batch in batches.microbatches(rollouts, 4096):
+            tokens, mask = batches.padded_batch([rollouts[i] for i in batch], critic)
+            hidden = critic.backbone(input_ids=tokens[:, :-1]).last_hidden_state  # a token less
+            features.append(hidden[mask])  # (tokens, width), of the states
+            targets += [
+                torch.cat(ppo.per_token([rollouts[i] for i in batch], [grades[i] for i in batch]))
+            ]
+        x, y = torch.cat(features).double(), torch.cat(targets).double()
+        mean, scale = x.mean(0), x.std(0)
+        z = (x - mean) / scale
+        ridge = z.T @ z + len(z) * torch.eye(len(mean))  # one unit of prior for each of variance
+        weight = torch.linalg.solve(ridge, z.T @ (y - y.mean())) / scale
+        critic.head.weight[0] = weight.float()
+        critic.head.bias[0] = float(y.mean() - mean @ weight)
+    return critic, [questions[i] for i in order[:few]]
 
 
 def draw_gradients(measured, out):
