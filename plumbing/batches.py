@@ -127,8 +127,9 @@ def shares_prompts(model):
 @torch.no_grad()
 def reads_alike(backbone):
     no_dropout(backbone)
-    prompt, responses = [3, 1, 4], ([1, 5], [2, 6, 5])
-    rollouts = [SimpleNamespace(prompt=prompt, response=response) for response in responses]
+    vocab = len(backbone.get_input_embeddings().weight)
+    prompt, *responses = torch.arange(8).remainder(vocab).split([3, 2, 3])
+    rollouts = [SimpleNamespace(prompt=prompt.tolist(), response=r.tolist()) for r in responses]
 
     def hidden(some):
         tokens, mask, sharing = padded_batch(some, backbone)

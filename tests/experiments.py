@@ -27,6 +27,7 @@ import itertools
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -86,15 +87,38 @@ FEW = "--questions 4 --minibatch 32 --max_candidates 32 --share 0.5"
 CREDIT = {
     "uniform": {"ppo": "1e-4", "grpo": "2e-4", "vineppo": "2e-4"},
     "lilo": {"ppo": "2e-4", "grpo": "2e-4", "vineppo": "2e-4"},
+    # Of 2e-4 to 1.6e-3, on 16 other graphs. The last one generates as many tokens as vineppo.
+    "walks": {"ppo": "4e-4", "grpo": "4e-4", "vineppo": "8e-4", "grpo, 6x responses": "8e-4"},
 }
 
 
 def credit(args):
     """ppo, vineppo and grpo with few questions an iteration."""
-    iterations = {"uniform": "160", "lilo": "100"}[args.arm]
-    common = f"{FEW} --curriculum {args.arm} --iterations {iterations}".split()
-    arms = {algo: ["--algo", algo, "--lr", lr, *common] for algo, lr in CREDIT[args.arm].items()}
-    run_and_compare(args, f"credit-{args.arm}", arms, "credit-", f"-{args.arm}")
+    from plumbing import report
+
+    iterations = {"uniform": "160", "lilo": "100", "walks": "200"}[args.arm]
+    if args.arm == "walks":
+        common = walks(walks_base(Path(args.runs, "walks")), "few")
+    else:
+        common = f"{FEW} --curriculum {args.arm}"
+    common += f" --iterations {iterations}"
+    arms = {}
+    for name, lr in CREDIT[args.arm].items():
+        algo, _, six = name.partition(", ")
+        more = "--rollouts 48 --minibatch 192" if six else ""
+        arms[name] = f"--algo {algo} --lr {lr} {common} {more}".split()
+    if args.arm != "walks":
+        return run_and_compare(args, f"credit-{args.arm}", arms, "credit-", f"-{args.arm}")
+    folders = compare(args, "credit-walks", arms, "credit-", "-walks")
+    # Greedy accuracy on 16 questions is coarse: so also how many samples were right.
+    quarters = np.split(np.arange(int(iterations)), 4)
+    names = [f"{quarter[0] + 1} to {quarter[-1] + 1}" for quarter in quarters]
+    print(f"\n| success in iterations | {' | '.join(names)} |\n|{'---|' * 5}")
+    for algo, runs in folders.items():
+        rows = [report.read_run(run) for run in runs]
+        rewards = np.array([[row["reward_mean"] for row in run] for run in rows])
+        cells = [spread(rewards[:, quarter].mean(1), 3) for quarter in quarters]
+        print(f"| {algo} | {' | '.join(cells)} |")
 
 
 SHARES = (0.5, 0.25, 0.08, 0.02)
@@ -603,65 +627,168 @@ def update_settings():
     return SimpleNamespace(temperature=1.0, gamma=1.0, lam=1.0, **budget)
 
 
-def gradients(args, questions=8, n=8, repeats=16, truth=4096):
+def gradients(args, n=8):
     """Which way each method's gradient points: estimates from a few responses against the gradient
-    of 4,096, the same questions for both; early and late in a PPO run with uniform questions."""
-    from matplotlib.figure import Figure
+    of thousands, the same questions for both; early and late in a run. --task: what is learned."""
+    from plumbing import checkpoint
 
-    import data
-    import sft
-    from plumbing import checkpoint, report
-
-    sft.tiny_base("runs/cache")
-    uniform = "--algo ppo --curriculum uniform --lr 1e-4 --eval_every 1000".split()
-    runs = {count: Path(args.runs, f"gradients-{count}") for count in (40, 90)}
-    jobs = {run: [*uniform, "--iterations", str(count)] for count, run in runs.items()}
-    execute(jobs, args.workers)
-    figure = Figure(figsize=(10, 3.6))
-    axes = figure.subplots(1, 2, sharey=True)
-    print(f"{questions} questions x {n} responses, {repeats} times; truth: {truth} responses")
-    for ax, (count, run) in zip(axes, runs.items()):
-        kept = run / "gradients.json"  # measured once
+    runs, asked, settings = TASKS[args.task](args)
+    execute({run: flags for run, flags in runs.values() if flags}, args.workers)
+    measured = {}
+    for title, (run, _) in runs.items():
+        kept = Path(args.runs, f"{args.task}-{run.name}.json")  # measured once
         if not kept.exists():
             policy, tokenizer = checkpoint.load_model(run)
-            critic = load_critic(run, policy)
-            measured = []
-            for levels in ((2, 3), (4, 5), (7, 8)):
-                asked = data.arithmetic(questions, 7, dict.fromkeys(levels, 1))
-                found = compare_gradients(
-                    policy, tokenizer, critic, asked, n=n, repeats=repeats, truth=truth
-                )
-                measured.append((levels, *found))
-            kept.write_text(json.dumps(measured))
-        points = {}  # method -> [(success, cosine)]
-        for levels, table, success, length in json.loads(kept.read_text()):
+            critic, found = load_critic(run, policy), []
+            for name, questions in asked.items():
+                if critic is None:
+                    critic, questions = fit_head(policy, tokenizer, *questions)
+                row = compare_gradients(policy, tokenizer, critic, questions, n=n, **settings)
+                found.append((name, *row))
+            kept.write_text(json.dumps(found))
+        measured[title] = json.loads(kept.read_text())
+        for name, table, success, length, explained in measured[title]:
             print(
-                f"\n{count} iterations, {levels[0]} and {levels[1]} steps: success {success:.2f}, "
-                f"{length:.0f} tokens a response\n"
+                f"\n{title}, {name}: success {success:.2f}, {length:.0f} tokens a response, the "
+                f"critic explains {explained:.2f} of the variance\n"
             )
-            print("| estimate | cosine | noise / signal | responses |\n|---|---|---|---|")
+            print("| estimate | cosine | ahead of grpo | noise / signal | responses |")
+            print("|---|---|---|---|---|")
             for method, row in table.items():
-                noise = f"{row['noise']:.1f}" if row["noise"] < 100 else f"{row['noise']:,.0f}"
-                cells = [method, f"{row['cosine']:.2f} ± {row['sd']:.2f}", noise]
+                cells = [method, f"{row['cosine']:.2f} ± {row['sd']:.2f}"]
+                cells.append(f"{row['ahead']:+.2f} ± {row['se']:.2f}")
+                cells.append(
+                    f"{row['noise']:.1f}" if row["noise"] < 100 else f"{row['noise']:,.0f}"
+                )
                 print(f"| {' | '.join(cells)} | {row['spent']:.0f} |", flush=True)
+    if args.task == "arithmetic":
+        draw_gradients(measured, Path(args.out, "gradients.png"))
+
+
+def of_arithmetic(args, questions=8):
+    """{title: (run, flags of sfl.py)}, {name: questions}, and settings of `compare_gradients`."""
+    import data
+    import sft
+
+    sft.tiny_base("runs/cache")
+    flags = "--algo ppo --curriculum uniform --lr 1e-4 --eval_every 1000 --iterations".split()
+    runs = {}
+    for count in (40, 90):
+        runs[f"after {count} iterations"] = (
+            Path(args.runs, f"gradients-{count}"),
+            [*flags, f"{count}"],
+        )
+    asked = {}
+    for levels in ((2, 3), (4, 5), (7, 8)):
+        name = f"{levels[0]} and {levels[1]} steps"
+        asked[name] = data.arithmetic(questions, 7, dict.fromkeys(levels, 1))
+    return runs, asked, {}
+
+
+def of_walks(args, questions=8):
+    """PPO on the few graphs that credit is compared on, and on many, which its critic cannot learn
+    by heart. Both are looked at on the few."""
+    import data
+
+    folder = walks_base(Path(args.runs, "walks"))
+    few = data.load_questions(str(folder / "few"), "train")
+    runs = {}
+    for pool, count in (("few", 25), ("few", 75), ("many", 100)):
+        flags = (
+            f"--algo ppo --lr {CREDIT['walks']['ppo']} {walks(folder, pool)} --iterations {count}"
+        )
+        name = f"{pool} graphs, after {count} iterations"
+        runs[name] = Path(args.runs, f"walks-{pool}-{count}"), flags.split()
+    asked = {"first half": few[:questions], "second half": few[questions:]}
+    return runs, asked, {"max_new_tokens": 24}
+
+
+def of_words(args, questions=8, pool=64):
+    """A pretrained model after its warm start. Its critic is a linear head on the same features."""
+    import data
+    import vineppo
+
+    # A solution is one line, formula=result. The steps here: formula, result, answer.
+    vineppo.STEP_NEWLINE = re.compile(r"=|\n")
+    train = data.load_questions(args.data, "train", limit=pool)
+    settings = {"repeats": 4, "truth": 512, "more": 1, "max_new_tokens": 64, "last_layers": 6}
+    runs = {"after the warm start": (Path(args.model), None)}
+    return runs, {f"{questions} of {pool} questions": (train, questions)}, settings
+
+
+def fit_head(policy, tokenizer, questions, few, n=8, max_new_tokens=64):
+    """(critic, questions): those `few` that are solved most nearly half of the time, and a critic
+    whose head is fitted (ridge regression) on n responses to each of the others."""
+    import torch
+
+    import data
+    import eval as evaluation
+    import ppo
+    from plumbing import batches
+    from rollout import Engine
+
+    prompts, stops = data.encode_prompts(tokenizer, questions), data.stop_ids(policy, tokenizer)
+    sampling = {"n": n, "max_new_tokens": max_new_tokens, "seed": 2, "stop_ids": stops}
+    groups = Engine(policy).generate(prompts, **sampling)
+    rewards = evaluation.rewards(tokenizer, questions, groups)
+    order = np.argsort(abs(rewards.mean(1) - 0.5), kind="stable")
+    critic = ppo.ValueModel(policy)
+    kept = [(r, reward) for i in order[few:] for r, reward in zip(groups[i], rewards[i])]
+    rollouts, grades = zip(*kept)
+    features, targets = [], []
+    with torch.no_grad():
+        for batch in batches.microbatches(rollouts, critic, 4096):
+            tokens, mask, sharing = batches.padded_batch([rollouts[i] for i in batch], critic)
+            output = critic.backbone(input_ids=tokens[:, :-1], **sharing)  # a token less
+            features.append(output.last_hidden_state[mask])  # (tokens, width), of the states
+            targets += [
+                torch.cat(ppo.per_token([rollouts[i] for i in batch], [grades[i] for i in batch]))
+            ]
+        x, y = torch.cat(features).double(), torch.cat(targets).double()
+        mean, scale = x.mean(0), x.std(0)
+        z = (x - mean) / scale
+        ridge = z.T @ z + len(z) * torch.eye(len(mean))  # one unit of prior for each of variance
+        weight = torch.linalg.solve(ridge, z.T @ (y - y.mean())) / scale
+        critic.head.weight[0] = weight.float()
+        critic.head.bias[0] = float(y.mean() - mean @ weight)
+    return critic, [questions[i] for i in order[:few]]
+
+
+def draw_gradients(measured, out):
+    """The cosines over the success, one part a run."""
+    from matplotlib.figure import Figure
+
+    from plumbing.report import COLORS
+
+    figure = Figure(figsize=(10, 3.6))
+    axes = figure.subplots(1, len(measured), sharey=True)
+    for ax, (title, found) in zip(axes, measured.items()):
+        points = {}  # method -> [(success, cosine)]
+        for _, table, success, *_ in found:
+            for method, row in table.items():
                 points.setdefault(method, []).append((success, row["cosine"]))
-        for color, (method, pairs) in zip(report.COLORS, points.items()):
-            ax.plot(*zip(*pairs), "o-", color=color, label=method, markersize=4, linewidth=1.2)
+        for number, (method, pairs) in enumerate(points.items()):
+            how = {"color": COLORS[number % len(COLORS)], "markersize": 4, "linewidth": 1.2}
+            ax.plot(*zip(*pairs), "o-" if number < len(COLORS) else "o--", label=method, **how)
         ax.set(xlabel="success on the questions", xscale="log")
         ax.minorticks_off()
         ticks = [success for success, _ in pairs]
         ax.set_xticks(ticks, [f"{tick:.2f}" for tick in ticks])
-        ax.set_title(f"after {count} iterations of PPO", fontsize=10)
+        ax.set_title(f"{title} of PPO", fontsize=10)
         ax.spines[["top", "right"]].set_visible(False)
     axes[0].set_ylabel("cosine with the true gradient")
-    axes[1].legend(frameon=False, fontsize=8)
-    save(figure, Path(args.out, "gradients.png"))
+    axes[-1].legend(frameon=False, fontsize=8)
+    save(figure, out)
 
 
-def compare_gradients(policy, tokenizer, critic, asked, *, n, repeats, truth):
+def compare_gradients(
+    policy, tokenizer, critic, asked, *, n, repeats=16, truth=4096, more=8, max_new_tokens=96,
+    last_layers=None,
+):  # fmt: skip
     """({method: cosine with the true gradient (mean, sd), noise / signal, responses an estimate
-    takes}, success, length). noise / signal is E|g|^2 / (E g.G/|G|)^2 - 1: free of the scale that a
-    method gives its g."""
+    takes}, success, length, share of the returns' variance that the critic explains). noise /
+    signal is E|g|^2 / (E g.G/|G|)^2 - 1: free of the scale that a method gives its g. more: times
+    the responses, of GRPO beside the others; 1: none. last_layers: the gradient of these alone."""
     import torch
 
     import data
@@ -673,71 +800,218 @@ def compare_gradients(policy, tokenizer, critic, asked, *, n, repeats, truth):
 
     prompts, stops = data.encode_prompts(tokenizer, asked), data.stop_ids(policy, tokenizer)
     settings = update_settings()
-    sampling = {"max_new_tokens": 96, "stop_ids": stops}
+    sampling = {"max_new_tokens": max_new_tokens, "stop_ids": stops}
     engine = Engine(policy)
-    zero = torch.zeros(sum(w.numel() for w in policy.parameters())).double()
+    part = policy.model.layers[-last_layers:] if last_layers else policy
+    policy.requires_grad_(False)
+    weights = list(part.requires_grad_(True).parameters())
 
     def attempt(n, seed):
         groups = engine.generate(prompts, n=n, seed=seed, **sampling)
-        return groups, evaluation.rewards(tokenizer, asked, groups)
+        rewards = evaluation.rewards(tokenizer, asked, groups)
+        return groups, rewards, [r for group in groups for r in group]
 
-    def gradient(rollouts, advantages):
-        """d/d theta of the sum over tokens of A log pi, a response's mean, flat."""
-        policy.zero_grad()
-        some = [i for i in range(len(rollouts)) if advantages[i].any()]
-        for batch in batches.microbatches(rollouts, policy, settings.tokens_per_microbatch, some):
+    def gradients_of(rollouts, methods):
+        """d/d theta of the sum over tokens of A log pi, a response's mean, flat. methods: {name: A,
+        (response length,) for each rollout}."""
+        found = dict.fromkeys(methods, 0)
+        for batch in batches.microbatches(rollouts, policy, settings.tokens_per_microbatch):
             logprobs = ppo.response_logprobs(policy, [rollouts[i] for i in batch], settings)
-            advantage = torch.cat([torch.as_tensor(advantages[i]) for i in batch])
-            ((advantage * logprobs).sum() / len(rollouts)).backward()
-        if not some:
-            return zero
-        return torch.cat([w.grad.flatten() for w in policy.parameters()]).double()
+            for name, advantages in methods.items():
+                advantage = torch.cat([advantages[i] for i in batch])
+                loss = (advantage * logprobs).sum() / len(rollouts)
+                pieces = torch.autograd.grad(loss, weights, retain_graph=True)
+                found[name] += torch.cat([piece.flatten() for piece in pieces]).double()
+        return found
 
-    def group_baseline(groups, rewards, how):
-        rollouts = [r for group in groups for r in group]
-        scores = ppo.group_advantages(rewards, how=how)
-        return gradient(rollouts, ppo.per_token(rollouts, scores.flatten()))
+    def by_group(rollouts, rewards, how):
+        return ppo.per_token(rollouts, ppo.group_advantages(rewards, how=how).flatten())
 
-    groups, rewards = attempt(truth // len(asked), 1)
-    true = group_baseline(groups, rewards, "rloo")
-    success = rewards.mean(1)
-    length = np.mean([len(r.response) for group in groups for r in group])
+    _, rewards, rollouts = attempt(truth // len(asked), 1)
+    true = gradients_of(rollouts, {"rloo": by_group(rollouts, rewards, "rloo")})["rloo"]
+    true /= true.norm()
+    success = float(rewards.mean())
+    length = np.mean([len(r.response) for r in rollouts])
+    values = torch.cat(ppo.rollout_values(critic, rollouts, settings))
+    returns = torch.cat(ppo.per_token(rollouts, rewards.flatten()))
+    explained = 1 - float((returns - values).var() / returns.var())
     found, spent = {}, {}
     for repeat in range(repeats):
-        groups, rewards = attempt(n, 100 + repeat)
-        rollouts = [r for group in groups for r in group]
-        estimates = {
-            "grpo": group_baseline(groups, rewards, "grpo"),
-            "rloo": group_baseline(groups, rewards, "rloo"),
-        }
+        groups, rewards, rollouts = attempt(n, 100 + repeat)
+        methods = {how: by_group(rollouts, rewards, how) for how in ("grpo", "rloo")}
+        for how in TREES:
+            methods[how] = tree_advantages(tokenizer, groups, rewards, how=how)
         values = ppo.rollout_values(critic, rollouts, settings)
-        advantages, _ = ppo.response_gae(values, rewards.flatten(), settings)
-        estimates["ppo"] = gradient(rollouts, advantages)
-        more, more_rewards = attempt(8 * n, 1000 + repeat)
-        estimates["grpo, 8 x the responses"] = group_baseline(more, more_rewards, "grpo")
-        spent.setdefault("grpo, 8 x the responses", []).append(8 * n * len(asked))
-        for spend, k in (("all", 9), ("bisect", 9)):
+        for name, settings.lam in (("ppo", 1.0), ("ppo, lam 0.95", 0.95)):
+            methods[name], _ = ppo.response_gae(values, rewards.flatten(), settings)
+        methods["no baseline"] = ppo.per_token(rollouts, rewards.flatten())  # a critic with no idea
+        for name, spend in (("vineppo", "all"), ("vineppo, bisect", "bisect")):
             stats = {}
-            advantages = vineppo.mc_advantages(
+            methods[name] = vineppo.mc_advantages(
                 engine, tokenizer, asked, groups, rewards, score=evaluation.rewards,
-                mc_rollouts=k, spend=spend, seed=100 + repeat, stats=stats, **sampling,
+                mc_rollouts=9, spend=spend, seed=100 + repeat, stats=stats, **sampling,
             )  # fmt: skip
-            name = "vineppo" + (", bisect" if spend == "bisect" else "")
-            estimates[name] = gradient(rollouts, advantages)
             spent.setdefault(name, []).append(stats["mc_rollouts"] + len(rollouts))
+        estimates = gradients_of(rollouts, methods)
+        if more > 1:
+            name = f"grpo, {more} x the responses"
+            _, rewards, rollouts = attempt(more * n, 1000 + repeat)
+            estimates |= gradients_of(rollouts, {name: by_group(rollouts, rewards, "grpo")})
+            spent[name] = [len(rollouts)]
         for name, g in estimates.items():
-            found.setdefault(name, []).append((float(g @ true / true.norm()), float(g @ g)))
+            found.setdefault(name, []).append((float(g @ true), float(g @ g)))
     table = {}
     for name, pairs in found.items():
         along, square = np.array(pairs).T
         cosines = along / np.sqrt(np.maximum(square, 1e-30))
+        ahead = cosines - table["grpo"]["cosines"] if table else cosines * 0
         table[name] = {
             "cosine": np.mean(cosines),
             "sd": np.std(cosines, ddof=1),
+            "cosines": cosines.tolist(),
+            "ahead": np.mean(ahead),  # of grpo, on the same responses
+            "se": np.std(ahead, ddof=1) / repeats**0.5,
             "noise": square.mean() / along.mean() ** 2 - 1,
             "spent": np.mean(spent.get(name, n * len(asked))),
         }
-    return table, float(success.mean()), length
+    return table, success, length, explained
+
+
+TREES = ("tree", "tree, shrunk", "tree, baseline")
+
+
+def tree_advantages(tokenizer, groups, rewards, *, how, starts_of=None):
+    """Credit from the group's own responses: V(s) is the mean reward of those that begin with s, at
+    no rollout more. Where responses share no states there is nothing to tell.
+
+        'tree'            V(next s) - V(s): all of a response's surprise falls on the step with
+                          which it leaves the others (the tree of TEMPO, arXiv 2509.18314)
+        'tree, shrunk'    the same; each V is averaged with one more response of its parent's value
+        'tree, baseline'  reward - V(s), of the others that begin with s, or with the longest part
+                          of s that others begin with (GiGPO's groups, 2505.10978)
+
+    Like `vineppo.mc_advantages`: a tensor with a number for each response token, for each rollout.
+    starts_of(response): where its steps start, by default its lines."""
+    import torch
+
+    import vineppo
+
+    starts_of = starts_of or (lambda r: vineppo.step_starts(tokenizer, r.written()))
+    shrink = 1 if how == "tree, shrunk" else 0
+    advantages = []
+    for group, grades in zip(groups, np.asarray(rewards, float)):
+        starts = [starts_of(r) for r in group]
+        rewards_of = {}  # state, its response tokens so far -> rewards of those that pass
+        for r, grade, its_starts in zip(group, grades, starts):
+            for start in its_starts:
+                rewards_of.setdefault(tuple(r.response[:start]), []).append(grade)
+        for r, grade, its_starts in zip(group, grades, starts):
+            values, value = [], grades.mean()
+            for start in its_starts:
+                passed = rewards_of[tuple(r.response[:start])]
+                if how != "tree, baseline":
+                    value = (sum(passed) + shrink * value) / (len(passed) + shrink)
+                elif len(passed) > 1:
+                    value = (sum(passed) - grade) / (len(passed) - 1)
+                values.append(value)
+            of_step = vineppo.step_advantages(values, grade)
+            if how == "tree, baseline":
+                of_step = grade - np.array(values)
+            lengths = np.diff([*its_starts, len(r.response)])
+            advantages.append(torch.tensor(np.repeat(of_step, lengths), dtype=torch.float32))
+    return advantages
+
+
+# --------------------------------------------------------------------------- walks on a graph
+
+WALKS = """--curriculum uniform --questions 4 --minibatch 32 --temperature 1 --top_p 1
+--max_new_tokens 24 --context 256 --critic_lr 1e-3 --epochs 1 --lr_schedule constant --kl_coef 0
+--tokens_per_microbatch 2048"""
+
+
+def walks(folder, pool):
+    """Flags of a run from the model that walks at random."""
+    return f"{WALKS} --model {folder / 'base'} --dataset {folder / pool}"
+
+
+NODES = range(10, 30)  # two digits each: a walk is written as one number
+DEPTH = 4
+
+
+def graph(rng):
+    """{node: its two successors}, and the one path from the start to the goal. In every layer one
+    node lies on the path. Whoever leaves it walks on just as long, and never comes back:
+
+        start  a1  a2  a3  goal       from each one edge to the right, one to a b or c below;
+               b1  b2  b3  b4         from every b and c to both the next b and the next c
+               c1  c2  c3  c4
+
+    The worth of a step thus shows at the last one only, or to whoever traces the edges."""
+    names = rng.sample(NODES, 3 * DEPTH + 1)
+    layers = [names[:1]] + [names[i : i + 3] for i in range(1, len(names), 3)]
+    edges = {}
+    for layer, (on, *off) in zip(layers, layers[1:]):
+        edges[layer[0]] = [on, rng.choice(off)]
+        edges |= {node: off for node in layer[1:]}
+    return edges, [layer[0] for layer in layers]
+
+
+def walk_question(rng):
+    """A row of a data file, and a random walk as its solution, mostly a wrong one. The answer is
+    the whole path as one number: who has not walked it does not know it."""
+
+    def written(nodes):
+        return "\n".join(map(str, nodes)), "".join(map(str, nodes))
+
+    edges, path = graph(rng)
+    pairs = [f"{node}>{after}" for node in edges for after in edges[node]]
+    rng.shuffle(pairs)
+    walk = path[:1]
+    while walk[-1] in edges:
+        walk.append(rng.choice(edges[walk[-1]]))
+    lines, number = written(walk)
+    question = f"{' '.join(pairs)} {path[-1]}<{path[0]}"  # goal and start
+    return {"question": question, "answer": written(path)[1], "solution": f"{lines}\n#### {number}"}
+
+
+def walks_base(folder, steps=1200):
+    """A folder with data, `few` and `many`, and a tiny model that walks at random, `base`. A run is
+    tested on what it trains on: to find its way in other graphs it would need far longer."""
+    import data
+    import sft
+    from plumbing import checkpoint
+    from plumbing.tiny import tiny_model, word_tokenizer
+
+    if (folder / "base" / "config.json").exists():
+        return folder
+    rng = random.Random(0)
+    for pool, size in (("few", 16), ("many", 4096)):
+        rows = [walk_question(rng) for _ in range(size)]
+        lines = [json.dumps({key: row[key] for key in ("question", "answer")}) for row in rows]
+        (folder / pool).mkdir(parents=True, exist_ok=True)
+        (folder / pool / "train.jsonl").write_text("\n".join(lines))
+        (folder / pool / "test.jsonl").write_text("\n".join(lines[:256]))
+    # One token an edge: it is then looked up by its content. A two-layer model that must first put
+    # an edge together from its nodes did not learn to walk in 1,000 steps.
+    before, after = data.PLAIN_PROMPT.split("{question}")
+    edges = [f"{a}>{b} " for a, b in itertools.permutations(NODES, 2)]
+    words = [before, after, "#### ", "<", *map(str, NODES), *[f"{n}\n" for n in NODES], *edges]
+    cut = "|".join(
+        [re.escape(before), after, r"\d\d>\d\d ", r"\d\d\n(?!\n)", r"\d\d", "#### ", "."]
+    )
+    tokenizer = word_tokenizer(words, cut)
+    model = tiny_model(tokenizer, 0)
+    rows = [walk_question(rng) for _ in range(16000)]
+    prompts = [data.PLAIN_PROMPT.format(**row) for row in rows]
+    questions = [data.Question(prompt, row["answer"]) for prompt, row in zip(prompts, rows)]
+    examples = sft.demonstrations(tokenizer, questions, [row["solution"] for row in rows])
+    drawn = np.random.default_rng(0).integers(0, len(examples), (steps, 64))
+    sft.train(model, [[examples[i] for i in batch] for batch in drawn], lr=5e-3, warmup=0.15)
+    checkpoint.save_model(model, tokenizer, folder / "base")
+    return folder
+
+
+TASKS = {"arithmetic": of_arithmetic, "walks": of_walks, "words": of_words}
 
 
 # --------------------------------------------------------------------------- learners, parity
@@ -1250,6 +1524,10 @@ def add_flags(command, add):
             default=["grpo-uniform", "grpo-posterior"],
             metavar="ALGO-CURRICULUM",
         )
+    if command == "gradients":
+        add("--task", default="arithmetic", choices=list(TASKS))
+        add("--model", help="words: the model's folder, after `words`' warm start")
+        add("--data", help="words: folder of train.jsonl and test.jsonl")
     if command == "parity":
         add("--bits", type=int, default=24, help="of a question (24)")
     if command in ("cost", "theory", "spend"):

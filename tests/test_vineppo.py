@@ -606,3 +606,47 @@ def test_values_refuse(flags, message, tmp_path):
     with pytest.raises(ValueError, match=message) as raised:
         experiments.main(["values", "--model", str(tmp_path / "absent"), *flags.split()])
     assert "\n" not in str(raised.value)
+
+
+# ------------------------------------------------------------------------ experiments.py gradients
+
+
+@pytest.mark.parametrize(
+    "how, expected",
+    [
+        ("tree", [[1 / 6, 1 / 3], [1 / 6, -2 / 3], [1 / 6, 1 / 3], [-1 / 2, 0]]),
+        ("tree, shrunk", [[1 / 8, 3 / 8], [1 / 8, -5 / 8], [1 / 8, 3 / 8], [-1 / 4, -1 / 4]]),
+        ("tree, baseline", [[2 / 3, 1 / 2], [-2 / 3, -1], [2 / 3, 1 / 2], [-2 / 3, -2 / 3]]),
+    ],
+)
+def test_credit_from_responses_that_begin_alike(how, expected):
+    group = [Rollout([9], tokens, [], True) for tokens in ([1, 2], [1, 3], [1, 3], [4, 5])]
+    rewards = np.array([[1, 0, 1, 0]], np.float32)
+    got = experiments.tree_advantages(None, [group], rewards, how=how, starts_of=lambda r: [0, 1])
+    assert np.allclose(torch.stack(got), expected)
+
+
+def test_only_one_walk_is_right():
+    for seed in range(20):
+        edges, path = experiments.graph(random.Random(seed))
+        walks = [path[:1]]
+        for _ in range(experiments.DEPTH):
+            walks = [[*walk, node] for walk in walks for node in edges[walk[-1]]]
+        assert [walk for walk in walks if walk[-1] == path[-1]] == [path]
+        row = experiments.walk_question(random.Random(seed))
+        asked = Question("", row["answer"])
+        lines = row["solution"].split("\n")[:-1]
+        assert evaluation.grade(row["solution"], asked) == (lines == list(map(str, path)))
+
+
+def test_gradients_of_all_methods(words):
+    """On the chain, where 400 responses point nearly where the truth does."""
+    model = markov_llama()
+    critic = ppo.ValueModel(model)
+    table, success, length, explained = experiments.compare_gradients(
+        model, words, critic, [question()], n=400, repeats=2, truth=2000, more=2, max_new_tokens=40
+    )
+    assert 0 < success < 1 and length > 1 and explained < 0.01
+    for name in ("grpo", "rloo", "tree, baseline", "grpo, 2 x the responses", "vineppo"):
+        assert table[name]["cosine"] > 0.9, name
+    assert table["vineppo"]["spent"] > table["grpo"]["spent"] == 400
