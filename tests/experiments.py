@@ -5,7 +5,7 @@
     python tests/experiments.py map        # where choosing pays: the learnable share from 0.5 down
     python tests/experiments.py foresight  # who knows best what is learnable: calibration, AUC
     python tests/experiments.py credit     # ppo, vineppo and grpo with few questions an iteration
-    python tests/experiments.py gradients  # which way each method's gradient points
+    python tests/experiments.py gradients  # which way each method's gradient points (--task walks)
     python tests/experiments.py learners   # imitation against policy gradients: pass@k, samples
     python tests/experiments.py parity     # RL after next-token prediction
     python tests/experiments.py words --model DIR --data DIR   # a pretrained model, word problems
@@ -633,7 +633,7 @@ def gradients(args, n=8):
     from plumbing import checkpoint
 
     runs, asked, settings = TASKS[args.task](args)
-    execute({run: flags for run, flags in runs.values() if flags}, args.workers)
+    execute({run: flags for run, flags in runs.values()}, args.workers)
     measured = {}
     for title, (run, _) in runs.items():
         kept = Path(args.runs, f"{args.task}-{run.name}.json")  # measured once
@@ -641,8 +641,6 @@ def gradients(args, n=8):
             policy, tokenizer = checkpoint.load_model(run)
             critic, found = load_critic(run, policy), []
             for name, questions in asked.items():
-                if critic is None:
-                    critic, questions = fit_head(policy, tokenizer, *questions)
                 row = compare_gradients(policy, tokenizer, critic, questions, n=n, **settings)
                 found.append((name, *row))
             kept.write_text(json.dumps(found))
@@ -703,57 +701,6 @@ def of_walks(args, questions=8):
     return runs, asked, {"max_new_tokens": 24}
 
 
-def of_words(args, questions=8, pool=64):
-    """A pretrained model after its warm start. Its critic is a linear head on the same features."""
-    import data
-    import vineppo
-
-    # A solution is one line, formula=result. The steps here: formula, result, answer.
-    vineppo.STEP_NEWLINE = re.compile(r"=|\n")
-    train = data.load_questions(args.data, "train", limit=pool)
-    settings = {"repeats": 4, "truth": 512, "more": 1, "max_new_tokens": 64, "last_layers": 6}
-    runs = {"after the warm start": (Path(args.model), None)}
-    return runs, {f"{questions} of {pool} questions": (train, questions)}, settings
-
-
-def fit_head(policy, tokenizer, questions, few, n=8, max_new_tokens=64):
-    """(critic, questions): those `few` that are solved most nearly half of the time, and a critic
-    whose head is fitted (ridge regression) on n responses to each of the others."""
-    import torch
-
-    import data
-    import eval as evaluation
-    import ppo
-    from plumbing import batches
-    from rollout import Engine
-
-    prompts, stops = data.encode_prompts(tokenizer, questions), data.stop_ids(policy, tokenizer)
-    sampling = {"n": n, "max_new_tokens": max_new_tokens, "seed": 2, "stop_ids": stops}
-    groups = Engine(policy).generate(prompts, **sampling)
-    rewards = evaluation.rewards(tokenizer, questions, groups)
-    order = np.argsort(abs(rewards.mean(1) - 0.5), kind="stable")
-    critic = ppo.ValueModel(policy)
-    kept = [(r, reward) for i in order[few:] for r, reward in zip(groups[i], rewards[i])]
-    rollouts, grades = zip(*kept)
-    features, targets = [], []
-    with torch.no_grad():
-        for batch in batches.microbatches(rollouts, critic, 4096):
-            tokens, mask, sharing = batches.padded_batch([rollouts[i] for i in batch], critic)
-            output = critic.backbone(input_ids=tokens[:, :-1], **sharing)  # a token less
-            features.append(output.last_hidden_state[mask])  # (tokens, width), of the states
-            targets += [
-                torch.cat(ppo.per_token([rollouts[i] for i in batch], [grades[i] for i in batch]))
-            ]
-        x, y = torch.cat(features).double(), torch.cat(targets).double()
-        mean, scale = x.mean(0), x.std(0)
-        z = (x - mean) / scale
-        ridge = z.T @ z + len(z) * torch.eye(len(mean))  # one unit of prior for each of variance
-        weight = torch.linalg.solve(ridge, z.T @ (y - y.mean())) / scale
-        critic.head.weight[0] = weight.float()
-        critic.head.bias[0] = float(y.mean() - mean @ weight)
-    return critic, [questions[i] for i in order[:few]]
-
-
 def draw_gradients(measured, out):
     """The cosines over the success, one part a run."""
     from matplotlib.figure import Figure
@@ -783,12 +730,11 @@ def draw_gradients(measured, out):
 
 def compare_gradients(
     policy, tokenizer, critic, asked, *, n, repeats=16, truth=4096, more=8, max_new_tokens=96,
-    last_layers=None,
 ):  # fmt: skip
     """({method: cosine with the true gradient (mean, sd), noise / signal, responses an estimate
     takes}, success, length, share of the returns' variance that the critic explains). noise /
     signal is E|g|^2 / (E g.G/|G|)^2 - 1: free of the scale that a method gives its g. more: times
-    the responses, of GRPO beside the others; 1: none. last_layers: the gradient of these alone."""
+    the responses, of GRPO beside the others."""
     import torch
 
     import data
@@ -802,9 +748,7 @@ def compare_gradients(
     settings = update_settings()
     sampling = {"max_new_tokens": max_new_tokens, "stop_ids": stops}
     engine = Engine(policy)
-    part = policy.model.layers[-last_layers:] if last_layers else policy
-    policy.requires_grad_(False)
-    weights = list(part.requires_grad_(True).parameters())
+    weights = list(policy.parameters())
 
     def attempt(n, seed):
         groups = engine.generate(prompts, n=n, seed=seed, **sampling)
@@ -853,11 +797,10 @@ def compare_gradients(
             )  # fmt: skip
             spent.setdefault(name, []).append(stats["mc_rollouts"] + len(rollouts))
         estimates = gradients_of(rollouts, methods)
-        if more > 1:
-            name = f"grpo, {more} x the responses"
-            _, rewards, rollouts = attempt(more * n, 1000 + repeat)
-            estimates |= gradients_of(rollouts, {name: by_group(rollouts, rewards, "grpo")})
-            spent[name] = [len(rollouts)]
+        name = f"grpo, {more} x the responses"
+        _, rewards, rollouts = attempt(more * n, 1000 + repeat)
+        estimates |= gradients_of(rollouts, {name: by_group(rollouts, rewards, "grpo")})
+        spent[name] = [len(rollouts)]
         for name, g in estimates.items():
             found.setdefault(name, []).append((float(g @ true), float(g @ g)))
     table = {}
@@ -1011,7 +954,7 @@ def walks_base(folder, steps=1200):
     return folder
 
 
-TASKS = {"arithmetic": of_arithmetic, "walks": of_walks, "words": of_words}
+TASKS = {"arithmetic": of_arithmetic, "walks": of_walks}
 
 
 # --------------------------------------------------------------------------- learners, parity
@@ -1526,8 +1469,6 @@ def add_flags(command, add):
         )
     if command == "gradients":
         add("--task", default="arithmetic", choices=list(TASKS))
-        add("--model", help="words: the model's folder, after `words`' warm start")
-        add("--data", help="words: folder of train.jsonl and test.jsonl")
     if command == "parity":
         add("--bits", type=int, default=24, help="of a question (24)")
     if command in ("cost", "theory", "spend"):
