@@ -343,7 +343,7 @@ def test_a_gold_answer_that_ran_out_of_time_is_read_again(monkeypatch):
     judge = importlib.import_module("judge")
     replies = [TimeoutError, [sympy.Symbol("x")]]
 
-    def parse(*args, raise_on_error=False, **settings):
+    def parse_latex(*args, raise_on_error=False, **settings):
         reply = replies.pop(0)
         if reply is not TimeoutError:
             return reply
@@ -351,7 +351,7 @@ def test_a_gold_answer_that_ran_out_of_time_is_read_again(monkeypatch):
             raise TimeoutError
         return []  # as math-verify does
 
-    fakes = {"sympy": sympy, "parse": parse, "CONFIG": None}
+    fakes = {"sympy": sympy, "parse_latex": parse_latex, "CONFIG": None}
     for name, fake in fakes.items():
         monkeypatch.setattr(judge, name, fake, raising=False)
     with contextlib.suppress(TimeoutError):
