@@ -190,7 +190,6 @@ PRESETS = {
         --temperature 1 --top_p 1 --kl_coef 0 --gradient_checkpointing
         --tokens_per_microbatch 8192""",
     # Nobody's paper: a model of 135 million parameters on a core or two, in an hour.
-    # rho stays 1/2: with all questions chosen it learned to add whatever was asked.
     "laptop": """--algo grpo --curriculum posterior --questions 8 --minibatch 64 --epochs 1
         --iterations 80 --lr 1e-5 --lr_schedule constant --kl_coef 0 --temperature 1 --top_p 1
         --max_new_tokens 96 --eval_limit 256 --eval_every 10 --save_every 10 --kl_sample 0""",

@@ -103,6 +103,7 @@ def train(model, batches, *, lr, config=None, warmup=0.03, progress=False):
     how = {"betas": (0.9, 0.95), "fused": model.device.type == "cuda"}
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0, **how)
     no_dropout(model)  # as in RL, where what samples and what learns must be the same policy
+    model.base_model.shares_prompts = False  # hardly a prompt comes twice in a batch
     steps = len(batches)
     rising = max(1, int(warmup * steps))  # steps of the warm-up
     losses = []

@@ -40,7 +40,8 @@ def microbatches(rollouts, model, tokens_per_microbatch, chosen=None):
     chosen = range(len(rollouts)) if chosen is None else chosen
     shares = []  # the micro-batches of each process
     for share in all_shares(chosen):
-        share = sorted(share, key=lambda i: rollouts[i].prompt)  # neighbours have one prompt
+        if shares_prompts(model):  # then those of one prompt shall be neighbours
+            share = sorted(share, key=lambda i: rollouts[i].prompt)
         rows = []  # (tokens, indices) each
         limit = min(ROW, tokens_per_microbatch)
         for row in shared_rows([rollouts[i] for i in share], model, limit):
