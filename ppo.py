@@ -137,7 +137,7 @@ class ValueModel(nn.Module):
         width = model.get_output_embeddings().in_features
         self.backbone = copy.deepcopy(model.base_model)
         self.head = nn.Linear(width, 1, device=model.device)
-        # At first every value is 0, so the first advantages are the plain rewards, with no noise.
+        # At first every value is 0: the first advantages come from the rewards alone.
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
 
@@ -156,7 +156,7 @@ class ValueModel(nn.Module):
 def response_logprobs(policy, rollouts, config):
     """log pi(a_t | s_t), (tokens,), where pi = softmax(logits / temperature). That is what was
     sampled from, before top_p cut it off. New, old and reference log-probs are all of this kind."""
-    # Responses to one prompt share a row, and the prompt is read once.
+    # Responses to one prompt share a row, with the prompt once, where the model can read such.
     tokens, mask, sharing = padded_batch(rollouts, policy)  # mask: is the next token a response's?
     how = {"temperature": config.temperature, "mask": mask, **sharing}
     with mixed_precision(policy, config.dtype):

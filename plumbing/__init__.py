@@ -11,7 +11,7 @@ nucleus      top-p without sorting the vocabulary
 stops        what ends a response
 steps        where sentences end and formulas are (VinePPO on MATH)
 logprobs     log-probs of tokens without a vocabulary-wide tensor
-batches      micro-batches of like length
+batches      micro-batches of like length, a prompt once for all its responses
 tiny         the tiny model's shape and tokenizer
 memory       devices, what fits, passes made again in halves
 processes    torchrun, FSDP

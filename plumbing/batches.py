@@ -8,7 +8,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from plumbing.commands import require
 from plumbing.logprobs import no_dropout
-from plumbing.memory import halve_until_it_fits
+from plumbing.memory import halve_until_it_fits, is_out_of_memory
 from plumbing.processes import all_shares, rank
 
 # Tokens of a row with several responses: attention computes row * row scores, masked or not.
@@ -16,9 +16,8 @@ ROW = 1024
 
 
 def shared_rows(rollouts, model, limit=ROW):
-    """Lists of indices, one for each row: neighbours with the same prompt, which stands there once.
-    Of several rollouts a row has `limit` tokens at most. Where the model cannot read such rows,
-    each rollout has its own."""
+    """The rows, each a list of indices: neighbours with the same prompt, written once. A row of
+    several has at most `limit` tokens. A model that cannot read such gets a row a rollout."""
     rows, room = [], 0
     for i, r in enumerate(rollouts):
         room -= 1 + len(r.response)  # the prompt's last token comes again before each response
@@ -30,6 +29,11 @@ def shared_rows(rollouts, model, limit=ROW):
     return rows
 
 
+def row_length(row, rollouts):
+    responses = sum(1 + len(rollouts[i].response) for i in row)
+    return len(rollouts[row[0]].prompt) - 1 + responses  # tokens
+
+
 def microbatches(rollouts, model, tokens_per_microbatch, chosen=None):
     """Indices of the chosen rollouts (None: all) in micro-batches of rows of like length. One has
     at most so many tokens, padding included; a longer row is alone in its own. Longest first: if
@@ -38,25 +42,25 @@ def microbatches(rollouts, model, tokens_per_microbatch, chosen=None):
     Each process takes its share of the rollouts. All get the same number of micro-batches, so the
     last ones may be empty: under FSDP every pass needs all processes."""
     chosen = range(len(rollouts)) if chosen is None else chosen
+
+    def padded(some):  # tokens, in the rows that `padded_batch` will make
+        some = [rollouts[i] for i in some]
+        lengths = [row_length(row, some) for row in shared_rows(some, model)]
+        return len(lengths) * max(lengths)
+
     shares = []  # the micro-batches of each process
     for share in all_shares(chosen):
         if shares_prompts(model):  # then those of one prompt shall be neighbours
             share = sorted(share, key=lambda i: rollouts[i].prompt)
-        rows = []  # (tokens, indices) each
-        limit = min(ROW, tokens_per_microbatch)
-        for row in shared_rows([rollouts[i] for i in share], model, limit):
-            row = [share[j] for j in row]
-            responses = sum(1 + len(rollouts[i].response) for i in row)
-            rows.append((len(rollouts[row[0]].prompt) - 1 + responses, row))
-        rows.sort(key=lambda row: row[0], reverse=True)
-        batches, room = [], 0
-        for tokens, row in rows:
-            if room == 0:
-                # The first of a micro-batch is its longest: all are padded to that.
-                batches.append([])
-                room = max(1, tokens_per_microbatch // tokens)  # rows
-            batches[-1] += row
-            room -= 1
+        rows = shared_rows([rollouts[i] for i in share], model, min(ROW, tokens_per_microbatch))
+        rows = [[share[j] for j in row] for row in rows]
+        rows.sort(key=lambda row: row_length(row, rollouts), reverse=True)
+        batches = []
+        for row in rows:
+            if batches and padded(batches[-1] + row) <= tokens_per_microbatch:
+                batches[-1] += row
+            else:
+                batches.append(row)
         shares.append(batches)
     most = max(map(len, shares))
     mine = shares[rank()]
@@ -64,9 +68,8 @@ def microbatches(rollouts, model, tokens_per_microbatch, chosen=None):
 
 
 def in_microbatches(function, rollouts, model, config, chosen=None, *clear):
-    """A list with function(indices) of each micro-batch. If memory runs out, from the start again
-    with half the tokens in each; first the functions `clear` (None: no function) give memory back:
-    what these ones left, and what is idle."""
+    """A list with function(indices) of each micro-batch. If memory runs out, `clear` (functions, or
+    None) give some back, and all starts again with half the tokens in each."""
 
     def all_of_them():
         batches = microbatches(rollouts, model, config.tokens_per_microbatch, chosen)
@@ -112,15 +115,15 @@ def padded_batch(rollouts, model):
 
 
 def shares_prompts(model):
-    """Does the model read several responses in a row as it reads them one by one? Tried once a
-    model. Where a layer sees a window only it does not: those count columns, not positions."""
+    """Does the model compute the same for several responses in a row as for each alone? Tried once
+    a model. Not with sliding windows, which count columns: the try is too short to show it."""
     backbone = getattr(model, "backbone", None) or model.base_model
     if not hasattr(backbone, "shares_prompts"):
         config = backbone.config.get_text_config()
         layers = set(getattr(config, "layer_types", None) or ["full_attention"])
         window = getattr(config, "sliding_window", None)
         backbone.shares_prompts = layers == {"full_attention"} and window is None
-        if backbone.shares_prompts:  # `reads_alike` asks for it
+        if backbone.shares_prompts:  # set already: `padded_batch` asks for it in the try
             backbone.shares_prompts = reads_alike(backbone)
     return backbone.shares_prompts
 
@@ -139,7 +142,9 @@ def reads_alike(backbone):
 
     try:
         together, apart = hidden(rollouts), torch.cat([hidden([r]) for r in rollouts])
-    except (TypeError, ValueError, RuntimeError):  # no such mask in this architecture
+    except Exception as error:  # whatever a model raises that takes no such mask
+        if is_out_of_memory(error):
+            raise
         return False
     tolerance = 1e-3 if backbone.dtype.itemsize > 2 else 0.05  # as a share of the largest
     return bool((together - apart).abs().max() <= tolerance * apart.abs().max())

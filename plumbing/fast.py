@@ -29,7 +29,7 @@ def compiles(tensor):
 def faster(suits=lambda *args: True, other=None):
     """A decorator: where there is a compiler and the arguments suit, call the function compiled, or
     `other`, which computes the same and is written to be compiled. The first call of each kind
-    (shapes of tensors, classes of the rest) computes both."""
+    (shapes, depth of the cache, sampling) computes both."""
 
     def decorate(plain):
         works = {}  # kind -> did it compute the same?
@@ -43,15 +43,22 @@ def faster(suits=lambda *args: True, other=None):
             tensor = next(x for x in args if isinstance(x, torch.Tensor))
             if not (compiles(tensor) and suits(*args)):
                 return plain(*args)
-            kind = tuple(getattr(x, "shape", type(x)) for x in args)
+            kind = tuple(kind_of(x) for x in args)
             if kind not in works:
                 works[kind] = agrees(compiled(), args, plain(*args))
-                return plain(*args)  # once more: what it wrote into the cache must stay
+                return plain(*args)  # again: its cache entries must stay, not the compiled ones
             return compiled()(*args) if works[kind] else plain(*args)
 
         return call
 
     return decorate
+
+
+def kind_of(x):
+    """Shape and type of a tensor, how deep a cache is read, which sampling."""
+    if isinstance(x, torch.Tensor):
+        return x.shape, x.dtype
+    return type(x), *(getattr(x, name, None) for name in ("used", "temperature", "top_p"))
 
 
 def agrees(function, args, expected):
@@ -62,8 +69,9 @@ def agrees(function, args, expected):
             found = function(*args)
         for new, old in zip(*[x if isinstance(x, tuple) else (x,) for x in (found, expected)]):
             # At the edge of a nucleus, or of a token's share, rounding may change the token.
-            near = (new - old).abs() <= 0.1 * old.abs().amax() * old.is_floating_point()
-            share = (near | (new == old)).float().mean().item()  # ==: both may be infinite
+            scale = old.abs().nan_to_num(0, 0).amax() * old.is_floating_point()
+            near = ((new - old).abs() <= 0.1 * scale) | (new == old)  # ==: both may be infinite
+            share = (near | (old.isnan() & new.isnan())).float().mean().item()
             if share < 0.9:
                 raise ValueError(f"it computes something else in {1 - share:.0%} of the numbers")
     except Exception as error:  # whatever a compiler that does not work may raise
@@ -111,13 +119,15 @@ def draw(logits, uniform, sampling):
 
 
 def first_above(mass, threshold):
-    """The first place at which the sum passes the threshold, and how much of that it has to hold:
-    (rows, 1) each. mass: (rows, places)."""
+    """The place in which the cdf passes the threshold, and how much of that is left where the place
+    begins: (rows, 1) each. mass: (rows, places)."""
     cdf = mass.cumsum(-1)
     # Rounded, the threshold may be the whole mass: then the last place that has any.
     threshold = threshold.minimum((1 - 1e-6) * cdf[:, -1:])
     place = (cdf <= threshold).sum(-1, keepdim=True).clamp(max=mass.shape[1] - 1)
-    return place, threshold - (cdf - mass).gather(1, place)
+    left = threshold - (cdf - mass).gather(1, place)
+    # Rounded, it may be below 0, and then the first token would do, whatever its mass.
+    return place, left.clamp(min=0)
 
 
 def least_logit(logits, mass, needed):

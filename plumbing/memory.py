@@ -204,7 +204,8 @@ def make_it_fit(config, model, device):
     free = free_memory(device) + sum(p.nbytes for p in model.parameters() if p.is_cuda)
     needed, changes = shrink(config, model, device, free)
     sizes = f"{needed / 2**30:.1f} GiB of {free / 2**30:.1f} that are free"
-    said = "so that it fits:" if needed < free else f"it may not fit (try --preset {HOME}):"
+    hint = "" if config.preset == HOME else f" (try --preset {HOME})"
+    said = "so that it fits:" if needed < free else f"it may not fit{hint}:"
     flags = " ".join(f"--{name} {value}" for name, value in changes.items())
     if rank() == 0 and (changes or needed >= free):
         print(f"{said} {flags} ({sizes})", file=sys.stderr)

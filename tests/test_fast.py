@@ -120,6 +120,27 @@ def test_own_columns_are_those_that_the_mask_leaves(window, monkeypatch):
     torch.testing.assert_close(*found)
 
 
+def test_no_token_outside_the_nucleus_is_drawn_at_the_edge_of_a_block():
+    """There a rounded remainder may be negative: then the block's first token would be drawn."""
+    rng = torch.Generator().manual_seed(0)
+    logits = torch.full((2000, 512), -30.0)
+    logits[:, 5] = -2 - 4 * torch.rand(2000, generator=rng)
+    logits[:, 300] = 0
+    logits = logits.bfloat16()
+    mass = (logits.float() - logits.amax(-1, keepdim=True).float()).exp()
+    uniform = mass[:, :256].sum(-1, keepdim=True) / mass.sum(-1, keepdim=True) / (1 - 1e-6)
+    sampling = rollout.Sampling(1.0, 0.99, 0, frozenset([2]))
+    token, _ = fast.draw(logits, uniform, sampling)
+    assert set(token.flatten().tolist()) <= {5, 300}
+
+
+def test_infinities_do_not_hide_a_difference():
+    x = torch.tensor([1.0, 2.0, -torch.inf, torch.nan])
+    assert fast.agrees(lambda x: x.clone(), (x,), x)
+    with pytest.warns(UserWarning, match="something else"):
+        assert not fast.agrees(lambda x: 5 * x + 7, (x,), x)
+
+
 def test_what_fails_or_differs_is_not_used(monkeypatch):
     monkeypatch.setattr(fast, "compiles", lambda tensor: True)
     monkeypatch.setattr(torch, "compile", lambda function: function)

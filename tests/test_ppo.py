@@ -433,6 +433,19 @@ def test_responses_that_share_a_prompt_have_their_own_logprobs_values_and_gradie
             close(mine, theirs, 1e-3, 2e-4)
 
 
+@pytest.mark.parametrize("budget", [512, 2048, 4096])
+def test_padding_of_shared_rows_keeps_to_the_budget(budget):
+    """Rows of one prompt that meet in a micro-batch become one, which must not outgrow the rest."""
+    model, rng = build(), np.random.default_rng(0)
+    prompts = [[int(x)] * 10 for x in rng.integers(3, VOCAB, 6)]
+    rollouts = [SimpleNamespace(prompt=p, response=[4] * int(rng.integers(20, 480)))
+                for p in prompts for _ in range(8)]  # fmt: skip
+    for some in batches.microbatches(rollouts, model, budget):
+        tokens, mask, _ = batches.padded_batch([rollouts[i] for i in some], model)
+        assert tokens.numel() <= budget
+        assert mask.sum() == sum(len(rollouts[i].response) for i in some)
+
+
 def test_rows_of_several_responses_keep_to_their_limit():
     model = build()
     rollouts = [SimpleNamespace(prompt=[3] * 9, response=[4] * 10) for _ in range(50)]
@@ -834,6 +847,7 @@ def test_gradient_checkpointing_stays_on_and_changes_nothing():
     expected, _ = moved(model, rollouts, noise(rollouts))
     policy, calls = checkpointed(copy.deepcopy(model)), []
     logprobs.check_head(policy)
+    batches.shares_prompts(policy)  # both try the model once
     policy.transformer.h[0].mlp.register_forward_pre_hook(lambda *_: calls.append(1))
     ppo.update(policy, sgd(policy), rollouts, noise(rollouts), one_step())
     assert len(calls) == 2  # forward, and again in backward
