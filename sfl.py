@@ -788,7 +788,8 @@ def parse(argv=None):
         if config.algo in sft.IMITATORS:
             usual += SHORT_ROUNDS[config.algo] if embedded else LONG_ROUNDS
         config = commands.parse(Settings, usual.split() + preset + given)
-        # A model that you named stays; the papers' gives way to one that fits the card.
+        # Nobody named a model or preset, and the papers' is too large for the card: the preset that
+        # fits. Your other flags still count.
         named = {"--model", "--preset"} & {flag.partition("=")[0] for flag in given}
         if not (named or usual) and memory.is_too_large(config):
             return parse(["--preset", memory.HOME, *given])

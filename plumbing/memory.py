@@ -212,8 +212,8 @@ def make_it_fit(config, model, device):
 
 
 def is_too_large(config):
-    """Does a run whose model nobody chose not fit the card, by its forecast, whatever else is made
-    smaller? Says so. Nothing but the model's configuration is read."""
+    """Is a run larger than the card, by its forecast, even after `shrink`? If so, says that HOME is
+    used. Reads the model's configuration alone."""
     device = pick_device(config.device) if torch.cuda.is_available() else "cpu"
     if not device.startswith("cuda") or config.fsdp:
         return False
@@ -230,7 +230,7 @@ def is_too_large(config):
 
 
 def shrink(config, model, device, free):
-    """Change `config` until the forecast fits, or nothing is left to change. Returns the bytes that
+    """Change `config` until the forecast fits, or SMALLER is used up. Returns the bytes that
     it needs then, and {setting: value}."""
     needed = sum(forecast(config, model, device, free).values())
     changes = {}
