@@ -1,4 +1,4 @@
-"""The whole method, naive: `python minimal.py` triples its reward in about a minute.
+"""The whole method, naive: `python minimal.py` more than triples its reward in about a minute.
 
 LILO (arXiv 2502.12272) with GRPO (2402.03300): sample more questions than needed, and train on
 those whose responses disagree. The other files make each of these functions faster or better. In

@@ -301,6 +301,8 @@ WORDS = "--preset laptop --max_new_tokens 64 --eval_limit 0 --eval_every 10"
 def words(args):
     """A pretrained model learns word problems: a warm start, then choosing against not choosing.
     --data: a folder with demos.jsonl (with solutions), train.jsonl and test.jsonl."""
+    from plumbing import report
+
     start = Path(args.runs, "words-sft")
     if not (start / "config.json").exists():
         demos = ["--dataset", f"{args.data}/demos.jsonl", "--model", args.model, "--chat", "off"]
@@ -313,15 +315,34 @@ def words(args):
         arms[arm] = ["--model", str(start), "--dataset", args.data, *WORDS.split(), *learner]
     folders = compare(args, "words", arms, "words-")
 
-    print("\n| | greedy | one sample | pass@8 | tokens a response |\n|---|---|---|---|---|")
-    results = {"after the warm start": [evaluations(next(iter(folders.values()))[0])["before"]]}
+    print("\n| | one sample | greedy | pass@8 | learnable | reward, last 10 |", end="")
+    print(" entropy, last 10 | 1,000 tokens |\n|---|---|---|---|---|---|---|---|")
+    start = evaluations(next(iter(folders.values()))[0])["before"]
+    measured = [start["sampled"], start["greedy"]]
+    cells = [f"{one['accuracy']:.3f} ± {one['accuracy_se']:.3f}" for one in measured]
+    error = start["sampled"]["pass@8_se"]
+    print(
+        f"| the start | {' | '.join(cells)} | {start['sampled']['pass@8']:.3f} ± {error:.3f} ||||"
+    )
+    success = {}  # of one sample, (seeds, questions)
     for arm, runs in folders.items():
-        results[arm] = [evaluations(folder)["after"] for folder in runs]
-    for name, evaluated in results.items():
-        cells = [name, spread([result["greedy"]["accuracy"] for result in evaluated], 3)]
-        for measure, digits in (("accuracy", 3), ("pass@8", 3), ("response_length", 1)):
-            cells.append(spread([result["sampled"][measure] for result in evaluated], digits))
-        print(f"| {' | '.join(cells)} |")
+        after = [evaluations(folder)["after"] for folder in runs]
+        success[arm] = np.array([result["sampled"]["success"] for result in after])
+        rows = [report.read_run(folder) for folder in runs]
+        cells = [spread(success[arm].mean(1), 3)]
+        cells.append(spread([result["greedy"]["accuracy"] for result in after], 3))
+        cells.append(spread([result["sampled"]["pass@8"] for result in after], 3))
+        for name, last in (("learnable", 0), ("reward_mean", 10), ("entropy", 10)):
+            cells.append(spread([np.mean([row[name] for row in r[-last:]]) for r in rows], 2))
+        cells.append(spread([r[-1]["tokens"] for r in rows], unit=1000))
+        print(f"| {arm} | {' | '.join(cells)} |")
+    first, *others = success
+    for arm in others:
+        ahead = success[arm] - success[first]
+        questions = ahead.mean(0)  # (questions,)
+        seeds = ", ".join(f"{gain:+.3f}" for gain in ahead.mean(1))
+        error = questions.std(ddof=1) / len(questions) ** 0.5
+        print(f"{arm} less {first}: {questions.mean():+.3f} ± {error:.3f}, paired; seeds {seeds}")
 
 
 def evaluations(folder):
