@@ -49,7 +49,9 @@ from plumbing.processes import gather, share
 from plumbing.slots import Slots
 from plumbing.stops import StopText, stops_of
 
-PREFILL_TOKENS = 4096  # prompt tokens in one prefill, padding included: it bounds the memory
+# Prompt tokens in one prefill, padding included. On a card this bounds the memory; on a CPU it
+# keeps what a layer computes in the cache of the processor, and prompts of like length together.
+PREFILL_TOKENS = {"cuda": 4096, "mps": 4096, "cpu": 512}
 SEEDS = 1 << 62  # `generate` takes a seed modulo this
 
 # --------------------------------------------------------------------------- what is asked and got
@@ -284,9 +286,10 @@ class Engine:
         prefill, Request) of each request that they serve."""
         prompts = []
         ready = deque()
+        most = PREFILL_TOKENS[self.table.device.type]
         while work and len(ready) < self.table.slots:  # no more than could be decoded at once
             # The first trunk is the longest: all are padded to it.
-            if prompts and (len(prompts) + 1) * len(prompts[0]) > PREFILL_TOKENS:
+            if prompts and (len(prompts) + 1) * len(prompts[0]) > most:
                 break
             trunk, requests = work.popleft()
             ready += [(len(prompts), request) for request in requests]

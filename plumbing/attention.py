@@ -127,8 +127,9 @@ def attention(
     key = key[:, :, : cache.used]
     value = value[:, :, : cache.used]
     if cache.prefill:  # prompts are padded on the right, where causal attention never looks
-        key = key.repeat_interleave(group, 1)
-        value = value.repeat_interleave(group, 1)
+        # Each key head, `group` times: as a view at first, then one copy.
+        key, value = (x[:, :, None].expand(-1, -1, group, -1, -1) for x in (key, value))
+        key, value = (x.flatten(1, 2) for x in (key, value))  # (batch, heads, time, head_dim)
     else:  # one query a slot: the heads that share a key head become its "time"
         query = query.reshape(batch, -1, group, dim)
     windowed = sliding_window is not None and sliding_window < time
@@ -139,11 +140,14 @@ def attention(
             query, key, value, attn_mask=bias, is_causal=causal, scale=scale
         )
     else:  # written out: Gemma 2's soft cap, and on a CPU no slower than the fused kernel
+        dtype = query.dtype
+        if not query.is_cuda:  # in bfloat16 a CPU's product would copy the keys, too, and be slower
+            query, key, value = (x.float() for x in (query, key, value))
         scores = (query * scale) @ key.transpose(2, 3)
         if softcap is not None:
             scores = softcap * torch.tanh(scores / softcap)
         weights = (scores + bias).softmax(-1, dtype=torch.float32)
-        out = weights.to(value.dtype) @ value
+        out = (weights.to(value.dtype) @ value).to(dtype)
     out = out.reshape(batch, heads, time, -1)
     return out.transpose(1, 2), None
 
