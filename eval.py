@@ -1,4 +1,4 @@
-"""When an answer is right, and how good a model is.
+r"""When an answer is right, and how good a model is.
 
     python eval.py --model runs/sfl                              # greedy accuracy, by difficulty
     python eval.py --model HUB_ID_OR_DIR --dataset gsm8k --samples 16    # + mean, pass@k, maj@16
@@ -9,11 +9,11 @@ judge. It reads the last answer that a response commits to. It is the part of th
 policy is paid to fool, so it is strict where leniency could be farmed:
 
     question 37+26-12 (mod 97), gold answer 51
-    37+26=63\\n63-12=51\\n#### 51     1
+    37+26=63\n63-12=51\n#### 51     1
     #### 51 or 52                   0   however right one of them is
-    \\boxed{51}. The answer is odd.  1   a remark commits to nothing
-    #### 63-12                      0   the question, said again
-    37+26=63\\n63-12=5               0   cut off by the length limit
+    \boxed{51}. The answer is odd.  1   a remark commits to nothing
+    #### 63-12                      0   not worked out
+    37+26=63\n63-12=5               0   cut off by the length limit
 
 Whatever text comes in, it is never executed and cannot hang the run.
 
@@ -27,13 +27,12 @@ standard error:
 """
 
 import json
-import math
 import re
 from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
-from math import inf
+from math import comb, inf, sqrt
 from pathlib import Path
 from typing import Literal
 
@@ -83,7 +82,8 @@ def final_answer(response, kind="number", last_number=False):
         elif marker["tag"]:  # <answer>7</answer>
             text = window.split("</", 1)[0]
         else:  # the rest of the sentence
-            text = SENTENCE_END.split(DISPLAY.sub(r" $\1$", window), maxsplit=1)[0]
+            window = DISPLAY.sub(r" $\1$", window)
+            text = SENTENCE_END.split(window, maxsplit=1)[0]
         # An answer that fills the window may go on: 18 of 1800 must not be read as 18.
         if len(text) >= ANSWER_CHARS - 1:
             continue
@@ -93,7 +93,8 @@ def final_answer(response, kind="number", last_number=False):
             continue
         # "The answer is in lowest terms": words without any mathematics, or more words than an
         # answer has, count only where no marker before says more.
-        says_math = re.search(r"[0-9\\$(]|\b[A-Za-z]\b", text) and len(WORD.findall(text)) <= 2
+        has_math = re.search(r"[0-9\\$(]|\b[A-Za-z]\b", text)
+        says_math = has_math and len(WORD.findall(text)) <= 2
         if kind == "number" or marker["brace"] or says_math:
             return text
         remark = remark or text
@@ -101,10 +102,12 @@ def final_answer(response, kind="number", last_number=False):
         return remark
     # no regular expression over the whole response: it could take quadratic time
     end = 1 + max(response.rfind(digit) for digit in "0123456789")
-    tail = response[max(0, end - 60) : end]  # no number is longer
+    tail = response[max(0, end - 60) : end]  # a longer number is refused
     number = re.search(r"(?:(?<![\w)])-)?[0-9.,]*[0-9](?:\s?/\s?[0-9.,]*[0-9])?$", tail)
     # one that fills the tail may have begun before it
-    return number[0] if number and (number.start() > 0 or end <= 60) else None
+    if number is None or (number.start() == 0 and end > 60):
+        return None
+    return number[0]
 
 
 def grade(response, question, *, last_number=False, judges=None):
@@ -114,7 +117,7 @@ def grade(response, question, *, last_number=False, judges=None):
     if question.kind not in ("number", "math"):
         raise ValueError(f"cannot grade kind {question.kind!r}: give 'number' or 'math'")
     gold = question.answer
-    # None equals no answer, so such a question would never pay: it must not pass quietly
+    # else an answer that cannot be read would equal a gold answer that cannot: None == None
     if question.kind == "number" and parse_number(gold) is None:
         raise ValueError(f"the gold answer {gold[:40]!r} is not a number: give kind='math'")
     answer = final_answer(response, question.kind, last_number)
@@ -132,14 +135,17 @@ def rewards(tokenizer, questions, rollouts, *, last_number=False, judges=None):
     response, else 0. Several processes share the work."""
     width = max(map(len, rollouts), default=0)
     graded = np.zeros((len(questions), width), np.float32)  # (questions, n)
-    places = []  # what is cut off is wrong, whatever it says
+    places = []  # of what is finished; what is cut off is wrong, whatever it says
     for i, group in enumerate(rollouts):
-        places += [(i, j) for j, rollout in enumerate(group) if rollout.finished]
+        for j, rollout in enumerate(group):
+            if rollout.finished:
+                places.append((i, j))
     places = share(places)
     asked = [questions[i] for i, _ in places]
     texts = [decode_response(tokenizer, rollouts[i][j]) for i, j in places]
     grade_one = partial(grade, last_number=last_number, judges=judges)
-    # LaTeX waits for other processes, so in threads; numbers would wait for threads.
+    # LaTeX waits for other processes, so in threads. Numbers are Python's work: threads would only
+    # take turns.
     if any(question.kind == "math" for question in questions):
         with ThreadPoolExecutor(judges.count if judges else None) as pool:
             marks = list(pool.map(grade_one, texts, asked))
@@ -157,7 +163,7 @@ def rewards(tokenizer, questions, rollouts, *, last_number=False, judges=None):
 def pass_at_k(right, n, k):
     """P(one of k samples is right) from `right` of n: 1 - C(n - c, k) / C(n, k) (Chen et al. 2021,
     eq. 1), in whole numbers of any size. The plug-in 1 - (1 - c/n)^k is biased low."""
-    return 1 - math.comb(n - right, k) / math.comb(n, k)
+    return 1 - comb(n - right, k) / comb(n, k)
 
 
 def majority(answers, graded):
@@ -166,7 +172,7 @@ def majority(answers, graded):
     tied, so that the measure draws no numbers."""
     votes = Counter(answer for answer in answers if answer is not None)
     most = max(votes.values(), default=0)
-    tied = [answer for answer, count in votes.items() if count == most]
+    tied = [answer for answer in votes if votes[answer] == most]
     # Equal answers have equal rewards, so the first response that gave it speaks for each.
     right = [graded[answers.index(answer)] for answer in tied]
     return sum(right) / max(1, len(tied))
@@ -177,7 +183,8 @@ def mean_and_se(values):
     values = np.asarray(values, np.float64)
     error = None  # of which one question says nothing
     if len(values) > 1:
-        error = float(values.std(ddof=1) / math.sqrt(len(values)))
+        std = values.std(ddof=1)
+        error = float(std / sqrt(len(values)))
     return float(values.mean()), error
 
 
@@ -221,7 +228,9 @@ def evaluate(
         votes = []
         for rollout, reward in zip(group, grades):
             text = decode_response(tokenizer, rollout)
-            answer = final_answer(text, question.kind, last_number) if rollout.finished else None
+            answer = None
+            if rollout.finished:
+                answer = final_answer(text, question.kind, last_number)
             votes.append(vote(answer))  # 18 and 18.0 are the same vote
             responses.append(
                 {
@@ -237,21 +246,29 @@ def evaluate(
 
     measures = {"accuracy": success, "accuracy_lenient": lenient}  # (questions,) each
     if samples > 1:
-        right = graded.sum(1).astype(int).tolist()  # (questions,) c of n
-        for k in [2**i for i in range(samples.bit_length())]:  # 1, 2, 4 ... up to `samples`
-            measures[f"pass@{k}"] = [pass_at_k(c, samples, k) for c in right]
+        right = graded.sum(1).astype(int)  # (questions,) c of n
+        k = 1
+        while k <= samples:  # 1, 2, 4 ...
+            measures[f"pass@{k}"] = [pass_at_k(int(c), samples, k) for c in right]
+            k *= 2
         measures[f"maj@{samples}"] = majorities
     result = {"n": len(questions), "samples": samples, "by_level": {}}
     for name, values in measures.items():
-        result[name], result[name + "_se"] = mean_and_se(values)
+        mean, error = mean_and_se(values)
+        result[name] = mean
+        result[name + "_se"] = error
     levels = {question.level for question in questions} - {None}
     # Numbers come before texts: the two cannot be compared.
     for level in sorted(levels, key=lambda level: (isinstance(level, str), level)):
-        of_level = success[[question.level == level for question in questions]]
-        mean, se = mean_and_se(of_level)  # of few questions, so it tells less than the whole
-        result["by_level"][level] = {"n": len(of_level), "accuracy": mean, "se": se}
-    result["response_length"] = float(np.mean([row["tokens"] for row in responses]))
-    result["finished"] = float(np.mean([row["finished"] for row in responses]))
+        has_level = [question.level == level for question in questions]  # (questions,)
+        of_level = success[has_level]
+        mean, error = mean_and_se(of_level)
+        row = {"n": len(of_level), "accuracy": mean, "se": error}
+        result["by_level"][level] = row
+    lengths = [row["tokens"] for row in responses]
+    result["response_length"] = float(np.mean(lengths))
+    finished = [row["finished"] for row in responses]
+    result["finished"] = float(np.mean(finished))
     result["fingerprint"] = report.fingerprint(questions)
     return {**result, "success": success.tolist(), "responses": responses}
 
@@ -261,7 +278,8 @@ def evaluate(
 
 @dataclass
 class Settings:
-    """Evaluate a model, or draw training runs. A * means: of a run's folder, what the run used."""
+    """Evaluate a model, or draw training runs. A * says: for a run's folder the default is what the
+    run used."""
 
     model: str | None = None  # a model's folder, a run's folder, or a hub id
     plot: list[str] = field(default_factory=list)  # draw these training runs instead
@@ -272,7 +290,7 @@ class Settings:
     answer_field: str | None = None  # and for the answer *
     split: Literal["train", "test", "all"] | None = None  # test; all: of a file in one piece
     limit: int = 0  # a random subset of that many questions of each; 0: all
-    samples: int = 1  # samples a question, besides the greedy one
+    samples: int = 1  # responses sampled to each question, besides the greedy one; 1: that alone
     temperature: float = 0.35  # of the samples
     top_p: float = 0.9  # nucleus of the samples
     max_new_tokens: int = 256  # the longest response, in tokens *
@@ -308,7 +326,9 @@ def usual(seen):
             raise ValueError(f"{unread}: give {run / 'model'} instead") from error
         its_own = seen.dataset in (None, used.get("dataset"))
         names = OF_THE_RUN + OF_ITS_DATA if its_own else OF_THE_RUN
-        defaults |= {name: used[name] for name in names if name in used}
+        for name in names:
+            if name in used:
+                defaults[name] = used[name]
     # A run splits a file in two, by a hash. A file that it has not seen is taken whole.
     if not its_own and Path(seen.dataset or "").is_file():
         defaults["split"] = "all"
@@ -318,20 +338,32 @@ def usual(seen):
 def stops(model, tokenizer, text=None):
     """What ends a response: the model's stop tokens, and `text`, in which \\n is a newline."""
     ids = data.stop_ids(model, tokenizer)
-    return StopText(ids, text.replace("\\n", "\n"), tokenizer.decode) if text else ids
+    if not text:
+        return ids
+    text = text.replace("\\n", "\n")
+    return StopText(ids, text, tokenizer.decode)
 
 
 def main(argv=None):
-    config = commands.parse(Settings, argv, usual(commands.parse(Settings, argv)))
+    seen = commands.parse(Settings, argv)
+    config = commands.parse(Settings, argv, usual(seen))
     if config.plot:
         out = Path(config.out or Path(config.plot[0], "curves.png"))
         commands.require(out.suffix == ".png", f"--out {out} is not the name of a .png file")
         report.plot(config.plot, out)
         return print(f"wrote {out}")
     commands.require(config.model, "give --model DIR to evaluate, or --plot RUN to draw")
-    commands.check_limits(config, bits=(5, 60), samples=(1, inf), max_new_tokens=(1, inf))
-    commands.check_limits(config, limit=(0, inf), judges=(0, inf), seed=(0, inf))
-    commands.check_limits(config, temperature=(0, inf), top_p=(0, 1))
+    commands.check_limits(
+        config,
+        bits=(5, 60),
+        samples=(1, inf),
+        max_new_tokens=(1, inf),
+        limit=(0, inf),
+        judges=(0, inf),
+        seed=(0, inf),
+        temperature=(0, inf),
+        top_p=(0, 1),
+    )
     measures = {"greedy": {}}  # name: what `evaluate` is told besides
     sampling = {"temperature": config.temperature, "top_p": config.top_p}
     if config.samples > 1:
@@ -356,8 +388,10 @@ def main(argv=None):
         checkpoint.check_writable("save_samples", samples_file)
         used = f"--save_samples {samples_file}: it is there already, or --out: give another name"
         commands.require(not samples_file.exists() and samples_file != out, used)
-    earlier = report.earlier_results(config.against, file) if config.against else {}
-    source = {name: getattr(config, name) for name in ("split", "seed", "bits")}
+    earlier = {}
+    if config.against:
+        earlier = report.earlier_results(config.against, file)
+    source = {"split": config.split, "seed": config.seed, "bits": config.bits}
     source["limit"] = config.limit or None
     source["fields"] = {"question": config.question_field, "answer": config.answer_field}
     questions = {}
@@ -366,7 +400,8 @@ def main(argv=None):
         own = name in data.MADE_HERE or Path(name).exists()
         place = None if own else config.data_dir
         questions[name] = data.load_questions(name, data_dir=place, **source)
-    model, tokenizer = checkpoint.load_model(config.model, device=config.device, dtype=config.dtype)
+    where = {"device": config.device, "dtype": config.dtype}
+    model, tokenizer = checkpoint.load_model(config.model, **where)
     context = attention.longest_context(model.config.get_text_config()) or inf  # in tokens
     for name in names:
         # A prompt that is too long would otherwise end the last data set after hours of the others.
@@ -389,7 +424,8 @@ def main(argv=None):
         for measure, how in measures.items():
             result = evaluate(model, tokenizer, questions[name], **shared, **how)
             for row in result.pop("responses"):
-                samples.append(json.dumps({"dataset": name, "measure": measure, **row}) + "\n")
+                row = {"dataset": name, "measure": measure, **row}
+                samples.append(json.dumps(row) + "\n")
             results[measure] = result
         content = {"settings": vars(config), "results": evaluations}
         checkpoint.write(out, json.dumps(content, indent=1) + "\n")

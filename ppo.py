@@ -71,10 +71,12 @@ def group_advantages(rewards, *, how):
 
 
 def per_token(rollouts, numbers):
-    """A number for each rollout -> (response length,) for each, with it at every response token."""
+    """Repeat each rollout's number at every token of its response: a list, (response length,)
+    each."""
     tensors = []
     for rollout, number in zip(rollouts, numbers, strict=True):
-        tensors.append(torch.full((len(rollout.response),), float(number)))
+        length = len(rollout.response)
+        tensors.append(torch.full((length,), float(number)))
     return tensors
 
 
@@ -94,8 +96,9 @@ def gae(rewards, values, mask, *, gamma, lam):
     # Backwards: A_t is made from A_{t+1}.
     for t in reversed(range(values.shape[1])):
         delta = rewards[:, t] + gamma * next_value - values[:, t]  # (batch,)
-        # A_t; 0 outside the response, whatever stands there
-        advantage = torch.where(mask[:, t], delta + gamma * lam * advantage, 0)
+        advantage = delta + gamma * lam * advantage  # A_t
+        # 0 outside the response, whatever stands there
+        advantage = torch.where(mask[:, t], advantage, 0)
         advantages[:, t] = advantage
         next_value = values[:, t]
     return advantages, advantages + values  # (batch, time) each
@@ -122,15 +125,17 @@ def whiten(advantages):
     step no longer depends on the reward's scale. If all are equal they become exactly 0. (VinePPO's
     code whitens each minibatch: there an advantage depends on the rollouts it is trained with.)"""
     tokens = torch.cat(advantages).double()  # (tokens,) of all rollouts
-    white = (tokens - tokens.mean()) / (tokens.std(correction=0) + 1e-8)  # all equal: 0 / 1e-8
-    return list(white.float().split([len(a) for a in advantages]))
+    std = tokens.std(correction=0)
+    white = (tokens - tokens.mean()) / (std + 1e-8)  # all equal: 0 / 1e-8
+    lengths = [len(advantage) for advantage in advantages]  # one a rollout
+    return list(white.float().split(lengths))
 
 
 class ValueModel(nn.Module):
     """The critic, V(s): a copy of a causal model's backbone with a scalar head.
 
-    (batch, time) ids -> (batch, time) float32, at t the value of the state after tokens[:t + 1], in
-    which token t + 1 is chosen."""
+    (batch, time) ids -> (batch, time) float32. At t stands the value of the state s in which token
+    t + 1 is chosen: it is tokens[:t + 1]."""
 
     def __init__(self, model):
         super().__init__()
@@ -184,13 +189,15 @@ def rollout_outputs(output_of, model, rollouts, config, chosen=None, when_full=N
 
     def fill(some):
         joined = output_of(model, [rollouts[i] for i in some], config)  # (tokens,)
-        pieces = joined.float().cpu().split([lengths[i] for i in some])
+        joined = joined.float().cpu()
+        pieces = joined.split([lengths[i] for i in some])  # one a rollout
         for i, piece in zip(some, pieces):
             outputs[i] = piece
 
     in_microbatches(fill, rollouts, model, config, chosen, when_full)
     # Each process filled its share and left zeros elsewhere: the sum has all.
-    joined = all_sum(torch.cat([torch.zeros(0), *outputs]))  # zeros(0): cat of nothing fails
+    joined = torch.cat([torch.zeros(0), *outputs])  # zeros(0): cat of nothing fails
+    joined = all_sum(joined)  # (tokens,) of all rollouts
     return list(joined.split(lengths))
 
 
@@ -222,8 +229,9 @@ def policy_loss(policy, batch, config):
     """PPO's clipped surrogate (arXiv 1707.06347, eq. 7, negated) plus kl_coef times the KL to the
     reference. Returns the loss, and metrics: {name: sum over tokens}."""
     new = response_logprobs(policy, batch.rollouts, config)  # (tokens,), like all that follows
-    # If none are given, this very policy sampled. Then r_t is 1, but its gradient is not 0.
-    old = new.detach() if batch.old_logprobs is None else batch.old_logprobs
+    old = batch.old_logprobs
+    if old is None:  # this very policy sampled: r_t is 1, but its gradient is not 0
+        old = new.detach()
     ratio = (new - old).exp()  # r_t
     clipped = ratio.clamp(1 - config.clip, 1 + config.clip)
     # The minimum is pessimistic. Once r_t has left the interval the way its advantage pays, the
@@ -240,13 +248,14 @@ def policy_loss(policy, batch, config):
     sums = {
         "policy_loss": surrogate.sum(),
         "approx_kl": kl_k3(new, old).sum(),  # KL(pi_old || pi): old sampled the tokens
-        "clip_fraction": (surrogate > -gain).sum(),  # these tokens have no gradient
-        "ratio_mean": ratio.sum(),
+        "clip_fraction": (surrogate > -gain).sum(),  # of these tokens the surrogate has no gradient
+        "ratio_mean": ratio.sum(),  # a sum, too: `step_means` divides
     }
     if batch.ref_logprobs is not None:
         sums["kl"] = kl_k3(batch.ref_logprobs, new).sum()
         # As in VinePPO's code, the KL is summed over a response and averaged over responses.
-        loss = loss + config.kl_coef * sums["kl"] / batch.minibatch_responses
+        of_response = sums["kl"] / batch.minibatch_responses
+        loss = loss + config.kl_coef * of_response
     return loss, sums
 
 
@@ -256,19 +265,22 @@ def value_loss(critic, batch, config):
     away from R still has it. Returns the loss, and metrics: {name: sum over tokens}."""
     new = response_values(critic, batch.rollouts, config)  # (tokens,) V(s_t)
     limit = config.value_clip
-    clipped = batch.values + (new - batch.values).clamp(-limit, limit)
-    error = (new - batch.returns) ** 2  # (tokens,)
-    error = torch.max(error, (clipped - batch.returns) ** 2)  # pessimistic, like the policy's
-    total = (0.5 * error).sum()
+    moved = (new - batch.values).clamp(-limit, limit)  # (tokens,), like all that follows
+    clipped = batch.values + moved
+    error = (new - batch.returns) ** 2
+    clipped_error = (clipped - batch.returns) ** 2
+    worse = torch.max(error, clipped_error)  # pessimistic, like the policy's
+    total = (0.5 * worse).sum()
     return total / batch.minibatch_tokens, {"value_loss": total}
 
 
-def kl_k3(ref, new):
-    """KL(pi || pi_ref) from log-probs of tokens sampled from pi: exp(d) - d - 1 with d = ref - new
-    (k3; arXiv 2402.03300, eq. 4). Unbiased but for the clamps, never negative. (tokens,) each.
-    Its gradient as a loss is, on average, that of KL(pi_ref || pi): the samples are held fixed."""
+def kl_k3(other, own):
+    """KL(own || other) from log-probs of tokens that `own` sampled: exp(d) - d - 1 with d = other -
+    own (k3; arXiv 2402.03300, eq. 4). Never negative; unbiased but for the clamps, as long as the
+    tokens are `own`'s and top_p is 1. (tokens,) each. Its gradient as a loss is, on average, that
+    of KL(other || own): the samples are held fixed."""
     # Past 20 k3 is above 10 anyway, and exp's infinity would turn the clamp's gradient into NaN.
-    d = (ref - new).clamp(-20, 20)
+    d = (other - own).clamp(-20, 20)
     return (torch.expm1(d) - d).clamp(0, 10)  # no single token may own the batch
 
 
@@ -293,13 +305,14 @@ def update(
     """PPO's epochs of minibatches over an iteration's rollouts (arXiv 1707.06347, algorithm 1).
     With no critic it is the update of GRPO, RLOO and VinePPO. Micro-batches do not change a
     gradient, nor do several processes (torchrun): each has all rollouts and does its share of every
-    minibatch. Leaves the models in eval mode. Returns the metrics that apply:
+    minibatch. Leaves the policy in eval mode. Returns the metrics that apply:
 
-        policy_loss, kl (k3 to the reference), approx_kl (k3 of old to new), clip_fraction,
-            ratio_mean: means over the tokens of the policy's passes
+        policy_loss (without the KL), kl (k3 to the reference), approx_kl (k3 of old to new),
+            clip_fraction, ratio_mean: means over the tokens of the policy's passes
         value_loss, explained_variance: over all response tokens
         grad_norm, critic_grad_norm: means over steps, before clipping
-        optimizer_steps, skipped_minibatches, nonfinite_steps, tokens_trained: counts"""
+        optimizer_steps, tokens_trained: counts, of the policy's steps alone
+        skipped_minibatches, nonfinite_steps: counts"""
     require(critic is None or (values and returns), "a critic needs values and returns")
     require(config.kl_coef == 0 or ref_logprobs, f"kl_coef {config.kl_coef} needs ref_logprobs")
     rng = rng or np.random.default_rng(0)
@@ -307,10 +320,12 @@ def update(
     minibatches = math.ceil(len(rollouts) / config.minibatch)  # in an epoch, of like size
     # Without a KL, a rollout whose advantages are all 0 has no gradient. It stays out of the
     # policy's passes, but counts in the mean.
-    has_gradient = [config.kl_coef > 0 or bool(a.any()) for a in advantages]
-    has_gradient = np.array(has_gradient)  # (rollouts,)
+    has_gradient = np.array([bool(advantage.any()) for advantage in advantages])  # (rollouts,)
+    if config.kl_coef > 0:
+        has_gradient[:] = True
     no_dropout(policy)  # else the first ratio would not be 1
-    # From the second optimizer step on, the policy is no longer the one that sampled.
+    # From the second optimizer step on, the policy is no longer the one that sampled. Rollouts have
+    # log-probs, but the engine's, which round otherwise: the first ratio would not be exactly 1.
     if old_logprobs is None and config.epochs * minibatches > 1:
         active = np.flatnonzero(has_gradient)  # indices
         old_logprobs = rollout_logprobs(policy, rollouts, config, active, when_full)
@@ -329,9 +344,11 @@ def update(
         minibatch_tokens = int(lengths[minibatch].sum())
 
         def backward(some):
-            # Chosen on the CPU, which waits for nobody. (tokens,) each
+            # Chosen on the CPU: on a GPU a mask would make the host wait. (tokens,) each
             mask = in_response[some]  # (batch, longest)
-            joined = {name: entries[some][mask].to(device) for name, entries in padded.items()}
+            joined = {}
+            for name, entries in padded.items():
+                joined[name] = entries[some][mask].to(device)
             in_batch = [rollouts[i] for i in some]
             batch = MicroBatch(in_batch, len(minibatch), minibatch_tokens, **joined)
             loss, sums = loss_of(model, batch, config)
@@ -339,14 +356,16 @@ def update(
             return {name: total.detach() for name, total in sums.items()}
 
         # If memory runs out, the gradient so far goes, and all is done again in smaller parts.
-        clear = optimizer.zero_grad, when_full
-        parts = in_microbatches(backward, rollouts, model, config, chosen, *clear)
-        step = {"tokens": int(lengths[chosen].sum())}  # and, of each metric, the sum over them
+        parts = in_microbatches(
+            backward, rollouts, model, config, chosen, optimizer.zero_grad, when_full
+        )
+        tokens = int(lengths[chosen].sum())
+        step = {"tokens": tokens}  # and, of each metric, the sum over them
         for name in parts[0]:
             total = sum(part[name] for part in parts)
             step[name] = float(all_sum(total))
         # Rollouts of a policy too far from this one teach nothing. (A critic has no ratio.)
-        ratio_mean = step.get("ratio_mean", 0) / step["tokens"]
+        ratio_mean = step.get("ratio_mean", 0) / tokens
         if ratio_mean > config.max_ratio:
             counts["skipped_minibatches"] += 1
             optimizer.zero_grad()
@@ -408,9 +427,10 @@ def step_means(steps):
     """Sums over tokens, a dict for each step -> means over all tokens; of the gradient's norm, the
     mean over steps."""
     tokens = sum(step["tokens"] for step in steps)
-    means = {}
+    norms = [step["grad_norm"] for step in steps]
+    means = {"grad_norm": statistics.mean(norms)}
     for name in steps[0]:
-        means[name] = sum(step[name] for step in steps) / tokens
-    means["grad_norm"] = statistics.mean(step["grad_norm"] for step in steps)
-    del means["tokens"]
+        if name not in ("tokens", "grad_norm"):
+            total = sum(step[name] for step in steps)
+            means[name] = total / tokens
     return means

@@ -16,7 +16,7 @@ later version, shows that the expected improvement from a question grows linearl
 questions, eight responses each:
 
     12+7            1 1 1 1 1 1 1 1    learnability 0       known
-    12+7-5+9        0 1 0 0 1 0 0 0    0.21                 almost: train on this one
+    12+7-5+9        0 1 0 0 1 0 0 0    0.21 (unbiased)      almost: train on this one
     12+7-5+9-...    0 0 0 0 0 0 0 0    0                    out of reach
 
 One iteration of training, `train` from top to bottom:
@@ -26,8 +26,8 @@ One iteration of training, `train` from top to bottom:
         +--- learnability <--- successes      policy <--ppo.update-- advantages <----+
             ppo: critic; vineppo: Monte Carlo; grpo, rloo: group; expert, rcrl: imitation, sft.py
 
-This file in order: settings; the curricula, eight ways to choose; the loop; the set-up that makes
-policy, critic and optimizer; the command line. `minimal.py` is all of it, naive.
+This file in order: settings; learnability; the curricula, eight ways to choose; the loop; the
+set-up that makes policy, critic and optimizer; the command line. `minimal.py` is all of it, naive.
 """
 
 import copy
@@ -67,23 +67,22 @@ class Settings:
     are the papers' on GSM8K. Without --dataset, and with presets, expert and rcrl, others hold: see
     EMBEDDED, PRESETS and the like in sfl.py."""
 
-    # The defaults are the papers' on GSM8K (arXiv 2502.12272, 2410.01679), the names in brackets
-    # their symbols. For data made here, and with a preset, flags below the class replace some.
+    # The papers are arXiv 2502.12272 and 2410.01679; the names in brackets are their symbols.
     algo: Literal["ppo", "vineppo", "grpo", "rloo", "expert", "rcrl"] = "ppo"  # how it learns
     curriculum: Choosers = "sfl"  # chooses questions
     iterations: int = 650  # iterations of training
     seed: int = 0  # of everything random in the training
 
     # choosing questions
-    questions: int = 64  # questions an iteration (N_l)
+    questions: int = 64  # questions trained on in an iteration (N_l)
     rollouts: int = 8  # responses to each question
-    rho: float = 0.5  # share of questions chosen by learnability; the rest is uniform
+    rho: float = 0.5  # sfl, posterior: share of a batch chosen by learnability; else uniformly
     refresh_every: int = 50  # sfl: iterations between two scorings (T)
     candidates: int = 1280  # sfl: questions scored each time (N)
     buffer_size: int = 256  # sfl: how many of them are kept (K)
     score_rollouts: int = 8  # sfl: responses to each candidate (L)
     max_candidates: int = 256  # lilo, dapo, greso, mopps: questions drawn in an iteration, at most
-    memory: float = 0.98  # posterior: share of the evidence an iteration keeps; mopps: a visit
+    memory: float = 0.98  # posterior: share of old counts kept per iteration; mopps: per visit
 
     # sampling
     temperature: float = 0.6  # of the sampling, and of the log-probs in the loss
@@ -97,25 +96,24 @@ class Settings:
     warmup: float = 0.03  # share of the iterations in which the learning rate rises
     lr_schedule: Literal["constant", "linear"] = "linear"  # after that; linear: to 0 at the end
     epochs: int = 2  # passes over an iteration's rollouts
-    minibatch: int = 64  # rollouts an optimizer step
+    minibatch: int = 64  # rollouts per optimizer step
     loss_average: Literal["token", "response"] = "token"  # mean over tokens, or over responses
     clip: float = 0.2  # how far the ratio may move and still gain (PPO's epsilon)
     value_clip: float = 0.2  # the same for the critic's values
     kl_coef: float = 1e-4  # weight of a response's KL to the starting model
     kl_sample: int = 16  # with kl_coef 0: rollouts whose KL is measured; 0: none
     gamma: float = 1.0  # discount
-    lam: float = 1.0  # GAE's lambda: at 1 the reward alone speaks, at 0 the next value
+    lam: float = 1.0  # GAE's lambda; at 1: return - V(s_t), at 0: r_t + V(s_{t+1}) - V(s_t)
     max_ratio: float = 10.0  # a minibatch whose mean ratio is larger is skipped
     max_grad_norm: float = 1.0  # a longer gradient is scaled down to this norm
 
     # vineppo; expert iteration and return-conditioned RL
     mc_rollouts: int = 9  # vineppo: fresh responses from each state (K)
-    mc_max_steps: int = 0  # vineppo: reasoning steps judged in a response; 0: 25, in math 20
+    mc_max_steps: int = 0  # vineppo: steps judged in a response; 0: 25 lines, or 20 sentences
     mc_spend: Literal["all", "bisect"] = "all"  # vineppo: all states, or only where values change
-    steps: Literal["auto", "lines", "math"] = "auto"  # vineppo: reasoning step: line or sentence
+    steps: Literal["auto", "lines", "math"] = "auto"  # vineppo: a step is a line; math: a sentence
     expert_from: Literal["initial", "last"] = "initial"  # expert, rcrl: where a round starts
     solutions: bool = False  # expert, rcrl: imitate the data set's own solutions, too
-    patience: int = 0  # end after so many evaluations with no better one; 0: never
 
     # memory and speed
     tokens_per_microbatch: int = 16384  # padded tokens at a time; lower it if memory runs out
@@ -169,7 +167,7 @@ SHORT_ROUNDS = {
     "rcrl": ROUNDS + "--iterations 8 --epochs 2 --lr 2e-3 --expert_from last",
 }
 LONG_ROUNDS = "--questions 1024 --iterations 8 --lr 1e-5 --eval_every 1 --save_every 1"
-# The papers' runs: by PPO, or by VinePPO with --algo vineppo; the last one by GRPO.
+# The papers' runs: by PPO, or by VinePPO with --algo vineppo; grpo-orz by GRPO.
 GSM8K = r"--dataset gsm8k --stop \n\n\nProblem: --curriculum "
 MATH = r"--dataset math --stop \n\n\nProblem: --model realtreetune/rho-1b-sft-MATH "
 MATH += "--iterations 1000 --curriculum "
@@ -189,12 +187,14 @@ PRESETS = {
         --model Qwen/Qwen2.5-0.5B-Instruct --max_new_tokens 512 --context 1024 --iterations 200
         --temperature 1 --top_p 1 --kl_coef 0 --gradient_checkpointing
         --tokens_per_microbatch 8192""",
-    # Nobody's paper: a model of 135 million parameters on a core or two, in an hour.
+    # Nobody's paper: for a model of some 135 million parameters (give --model and --dataset), on a
+    # core or two.
     "laptop": """--algo grpo --curriculum posterior --questions 8 --minibatch 64 --epochs 1
         --iterations 80 --lr 1e-5 --lr_schedule constant --kl_coef 0 --temperature 1 --top_p 1
         --max_new_tokens 96 --eval_limit 256 --eval_every 10 --save_every 10 --kl_sample 0""",
 }
-# What --resume may change: nothing that the learning depends on.
+# What --resume may change: nothing that the learning depends on, but for the number of iterations,
+# which warm-up and linear decay go by.
 CHANGEABLE = """iterations eval_every save_every device slots tokens_per_microbatch fsdp
 gradient_checkpointing offload_optimizer data_dir cache judges""".split()
 
@@ -210,10 +210,13 @@ def learnability(successes, attempts):
     against their own mean. It would prefer questions that were tried more often than others."""
     successes = np.asarray(successes, dtype=float)
     attempts = np.asarray(attempts, dtype=float)
-    if np.any(attempts < 2) or np.any(successes < 0) or np.any(successes > attempts):
+    too_few = np.any(attempts < 2)
+    impossible = np.any(successes < 0) or np.any(successes > attempts)
+    if too_few or impossible:
         need = "need at least 2 attempts, and successes between 0 and the attempts"
         raise ValueError(f"learnability of {successes} successes in {attempts} attempts: {need}")
-    return successes * (attempts - successes) / (attempts * (attempts - 1))
+    failures = attempts - successes
+    return successes * failures / (attempts * (attempts - 1))
 
 
 @dataclass
@@ -226,16 +229,20 @@ class Batch:
     seconds: float = 0.0  # that sampling and grading took
 
     def counts(self):
-        successes = self.rewards.sum(1)
-        return np.stack([successes, self.rewards.shape[1] - successes], 1)  # (Q, 2)
+        """Successes and failures of each question, (Q, 2)."""
+        n = self.rewards.shape[1]
+        successes = self.rewards.sum(1)  # (Q,)
+        return np.stack([successes, n - successes], 1)
 
     def learnability(self):
-        return learnability(self.rewards.sum(1), self.rewards.shape[1])  # (Q,)
+        n = self.rewards.shape[1]
+        return learnability(self.rewards.sum(1), n)  # (Q,)
 
     def take(self, chosen):
         """Some of the questions. `seconds` stays what the whole batch took."""
         groups = [self.groups[i] for i in chosen]
-        return Batch(self.questions[chosen], groups, self.rewards[chosen], self.seconds)
+        questions = self.questions[chosen]
+        return Batch(questions, groups, self.rewards[chosen], self.seconds)
 
 
 @dataclass
@@ -260,12 +267,15 @@ class Pool:
         """n responses to each of the questions `chosen`, (Q,) indices -> Batch."""
         start = time.perf_counter()
         prompts = [self.prompts[i] for i in chosen]
-        if self.config.algo == "rcrl" and self.iteration == 0:  # the tag is not learned yet
+        # rcrl asks for what is worth 1 (`encode_prompts` does), once that tag has been learned.
+        if self.config.algo == "rcrl" and self.iteration == 0:
             prompts = [data.with_tag(self.tokenizer, prompt, None) for prompt in prompts]
-        groups = self.engine.generate(prompts, n=n, seed=self.seed(), **self.generation)
+        seed = self.seed()
+        groups = self.engine.generate(prompts, n=n, seed=seed, **self.generation)
         questions = [self.questions[i] for i in chosen]
-        rewards = evaluation.rewards(self.tokenizer, questions, groups, **self.grading)
-        batch = Batch(np.asarray(chosen), groups, rewards, time.perf_counter() - start)
+        rewards = evaluation.rewards(self.tokenizer, questions, groups, **self.grading)  # (Q, n)
+        seconds = time.perf_counter() - start
+        batch = Batch(np.asarray(chosen), groups, rewards, seconds)
         self.sampled.append(batch)  # its tokens are logged, and the next one has another seed
         return batch
 
@@ -273,8 +283,11 @@ class Pool:
         """The level of each question; where the data has none, a class of prompts as long."""
         names = []
         for question, prompt in zip(self.questions, self.prompts):
-            length = round(4 * math.log2(len(prompt)))  # four classes a doubling
-            names.append(f"length {length}" if question.level is None else str(question.level))
+            name = str(question.level)
+            if question.level is None:
+                length = round(4 * math.log2(len(prompt)))  # four classes a doubling
+                name = f"length {length}"
+            names.append(name)
         return names
 
 
@@ -309,17 +322,20 @@ def sfl(pool, config, state, rng):
 def lilo(pool, config, state, rng):
     """Rejection (LILO): draw more questions than needed, 4 N_l in the paper. Train on the N_l most
     learnable, with the very responses that showed it. 4 right of 8 are preferred to 1 of 8."""
-    order = rng.permutation(len(pool.questions))[: config.max_candidates]  # (candidates,)
-    drawn = pool.sample(order, config.rollouts)
+    order = rng.permutation(len(pool.questions))
+    candidates = order[: config.max_candidates]  # indices
+    drawn = pool.sample(candidates, config.rollouts)
     best = most(drawn.learnability(), config.questions, rng)
     return drawn.take(best), report.of_candidates(drawn)
 
 
 def dapo(pool, config, state, rng):
     """Dynamic sampling (DAPO, arXiv 2503.14476): draw questions until the batch is full of those
-    whose responses disagree. The first ones are taken: 4 right of 8 count no more than 1 of 8."""
-    order = rng.permutation(len(pool.questions))[: config.max_candidates]  # (candidates,)
-    drawn = until_full(pool, config, order)
+    whose responses disagree, `max_candidates` at most; if they do not suffice, others fill it. The
+    first ones are taken: 4 right of 8 count no more than 1 of 8."""
+    order = rng.permutation(len(pool.questions))
+    candidates = order[: config.max_candidates]  # indices
+    drawn = until_full(pool, config, candidates)
     return drawn.take(range(config.questions)), report.of_candidates(drawn)
 
 
@@ -329,8 +345,10 @@ def until_full(pool, config, order):
     batches = []
     learnable = 0  # questions so far whose responses disagree
     for start in range(0, len(order), config.questions):
-        batches.append(pool.sample(order[start : start + config.questions], config.rollouts))
-        learnable += (batches[-1].learnability() > 0).sum()
+        some = order[start : start + config.questions]
+        batch = pool.sample(some, config.rollouts)
+        batches.append(batch)
+        learnable += (batch.learnability() > 0).sum()
         if learnable >= config.questions:
             break
     drawn = Batch(
@@ -340,7 +358,8 @@ def until_full(pool, config, order):
         sum(batch.seconds for batch in batches),
     )
     # A stable sort: the learnable ones in their order, then the others.
-    return drawn.take(np.argsort(drawn.learnability() == 0, kind="stable"))
+    agree = drawn.learnability() == 0
+    return drawn.take(np.argsort(agree, kind="stable"))
 
 
 GRESO_SHARES = (1 / 6, 1 / 12)  # wanted among the drawn: failed by all responses, solved by all
@@ -349,28 +368,46 @@ GRESO_SHARES = (1 / 6, 1 / 12)  # wanted among the drawn: failed by all response
 def greso(pool, config, state, rng):
     """Dynamic sampling that skips (GRESO, arXiv 2506.02177). If the latest z visits to a question
     all failed, or all solved it, it is drawn with the chance q^z; q adapts to GRESO_SHARES."""
-    streaks = np.array(state.setdefault("streaks", [0] * len(pool.questions)))  # z; failed: -z
+    size = len(pool.questions)
+    # (questions,) how many of the latest visits in a row were all solved; below 0: all failed
+    streaks = np.array(state.setdefault("streaks", [0] * size))
     q = np.array(state.setdefault("q", [0.5, 0.5]))  # of the failed, of the solved
-    chance = np.maximum(np.where(streaks < 0, *q) ** abs(streaks), 0.01)
-    skipped = rng.random(len(streaks)) > chance
-    order = sorted(rng.permutation(len(streaks)), key=skipped.__getitem__)  # skipped ones: last
+
+    # 1. Skip some, and sample of the others.
+    q_of = np.where(streaks < 0, q[0], q[1])  # (questions,)
+    chance = np.maximum(q_of ** abs(streaks), 0.01)
+    skipped = rng.random(size) > chance
+    order = rng.permutation(size)
+    order = sorted(order, key=skipped.__getitem__)  # skipped ones: last
     drawn = until_full(pool, config, order[: config.max_candidates])
-    agree = (drawn.rewards.min(1) == 1).astype(int) - (drawn.rewards.max(1) == 0)  # 1, 0 or -1
+
+    # 2. Count on. A streak ends where responses disagree, or agree the other way.
+    solved = drawn.rewards.min(1) == 1  # (drawn,) by all responses
+    failed = drawn.rewards.max(1) == 0
+    agree = solved.astype(int) - failed  # 1, -1 or 0
     before = streaks[drawn.questions]
-    streaks[drawn.questions] = agree + before * (agree * before > 0)
-    q += np.where(np.less([(agree < 0).mean(), (agree > 0).mean()], GRESO_SHARES), 0.01, -0.01)
-    state |= {"streaks": streaks.tolist(), "q": q.clip(0.05, 0.95).tolist()}
+    goes_on = agree * before > 0
+    streaks[drawn.questions] = agree + before * goes_on
+    state["streaks"] = streaks.tolist()
+
+    # 3. Where too many of a kind were drawn, skip more of them from now on.
+    shares = [failed.mean(), solved.mean()]
+    q += np.where(np.less(shares, GRESO_SHARES), 0.01, -0.01)
+    state["q"] = q.clip(0.05, 0.95).tolist()
     return drawn.take(range(config.questions)), report.of_candidates(drawn)
 
 
-OUTER_ODDS = 0.2  # of an easy or a hard question, where one between has 1
+OUTER_ODDS = 0.2  # of an easy or a hard question, where one between has 1 (prime-rl's numbers)
 
 
 def pools(pool, config, state, rng):
     """prime-rl's difficulty pools: the odds of a question follow from its latest success alone."""
-    latest = np.array(state.setdefault("latest", [0.5] * len(pool.questions)))  # unseen: odds 1
-    odds = np.where((latest > 1 / 4) & (latest <= 3 / 4), 1, OUTER_ODDS)
-    chosen = rng.choice(len(odds), config.questions, replace=False, p=odds / odds.sum())
+    size = len(pool.questions)
+    latest = np.array(state.setdefault("latest", [0.5] * size))  # (questions,) unseen: odds 1
+    between = (latest > 1 / 4) & (latest <= 3 / 4)
+    odds = np.where(between, 1, OUTER_ODDS)
+    odds = odds / odds.sum()
+    chosen = rng.choice(size, config.questions, replace=False, p=odds)
     batch = pool.sample(chosen, config.rollouts)
     latest[chosen] = batch.rewards.mean(1)
     state["latest"] = latest.tolist()
@@ -380,14 +417,20 @@ def pools(pool, config, state, rng):
 def mopps(pool, config, state, rng):
     """MoPPS (arXiv 2507.04632): each p_i is drawn from Beta(alpha_i, beta_i), at first Beta(1, 1).
     The candidates nearest 1/2 are taken. Only questions that are seen forget."""
-    counts = np.array(state.setdefault("counts", [[1.0, 1.0]] * len(pool.questions)))  # alpha, beta
-    candidates = rng.permutation(len(counts))[: config.max_candidates]
-    distance = abs(rng.beta(*counts[candidates].T) - 1 / 2)  # Thompson sampling
-    chosen = candidates[np.argsort(distance)[: config.questions]]
-    expected = expected_learnability(*counts[chosen].T)
+    size = len(pool.questions)
+    # (questions, 2): alpha and beta of each
+    counts = np.array(state.setdefault("counts", [[1.0, 1.0]] * size))
+    candidates = rng.permutation(size)[: config.max_candidates]
+    alpha, beta = counts[candidates].T
+    drawn = rng.beta(alpha, beta)  # (candidates,) Thompson sampling
+    nearest = np.argsort(abs(drawn - 1 / 2))
+    chosen = candidates[nearest[: config.questions]]
+    alpha, beta = counts[chosen].T
+    expected = expected_learnability(alpha, beta)  # (Q,)
     batch = pool.sample(chosen, config.rollouts)
     # alpha <- lambda alpha + (1 - lambda) alpha_0 + s_i with alpha_0 = 1, and beta with f_i
-    counts[chosen] = config.memory * counts[chosen] + (1 - config.memory) + batch.counts()
+    remembered = config.memory * counts[chosen] + (1 - config.memory)  # (Q, 2)
+    counts[chosen] = remembered + batch.counts()
     state["counts"] = counts.round(6).tolist()
     return batch, {"learnability_expected": float(expected.mean())}
 
@@ -397,7 +440,8 @@ def expected_learnability(alpha, beta):
     return alpha * beta / ((alpha + beta) * (alpha + beta + 1))
 
 
-# Before anything is seen: a made-up question's weight, success rate and learnability.
+# Before anything is seen there is one made-up question: its weight, and the means of p and of
+# p (1 - p) over Beta(1/2, 1/2).
 GUESS = (1, 1 / 2, 1 / 8)
 ALL_LEVELS_WEIGHT = 0.5  # in each level's means, the mean over all levels counts as half a question
 LEAST_VARIANCE = 1e-3  # of the p_i of a level; at 0 its prior would be infinitely sure
@@ -406,8 +450,8 @@ LEAST_COUNT = 1e-3  # of alpha and beta: no question's odds may fall to 0
 
 
 def posterior(pool, config, state, rng):
-    """Learnability from training rollouts alone: nothing is sampled only to be scored. So do MoPPS
-    and BOTS (arXiv 2510.26374); CurES (2510.01037) scores first, PCL (2510.01135) asks a value
+    """Learnability from training rollouts alone, as in MoPPS and BOTS (arXiv 2510.26374): none is
+    sampled only to score a question. CurES (2510.01037) scores first, PCL (2510.01135) asks a value
     model. Ours are a prior for each level, fitted by moments, counts that all decay, and the odds.
 
     Question i has had s_i successes and f_i failures. Both are multiplied by `memory` in each
@@ -418,8 +462,9 @@ def posterior(pool, config, state, rng):
 
     A share rho of the batch is drawn with odds in proportion to E[p (1 - p)]^2. To take the largest
     ones would not do: they would come again and again, and nothing be learned about the others."""
+    size = len(pool.questions)
     # (questions, 2): successes and failures of each question
-    counts = np.array(state.setdefault("counts", [[0.0, 0.0]] * len(pool.questions)))
+    counts = np.array(state.setdefault("counts", [[0.0, 0.0]] * size))
     levels, level_of = np.unique(pool.levels(), return_inverse=True)
     # (levels, 3): weighted sums over the questions seen of 1, success and learnability
     seen = np.array(state.setdefault("seen", [[0.0] * 3] * len(levels)))
@@ -433,18 +478,21 @@ def posterior(pool, config, state, rng):
     alpha = np.maximum(prior_alpha + counts[:, 0], LEAST_COUNT)  # (questions,)
     beta = np.maximum(prior_beta + counts[:, 1], LEAST_COUNT)
     expected = expected_learnability(alpha, beta)
-    odds = expected**2 / (expected**2).sum()
+    odds = expected**2
+    odds = odds / odds.sum()
     by_odds = round(config.rho * config.questions)
-    chosen = rng.choice(len(pool.questions), by_odds, replace=False, p=odds)
-    chosen = with_uniform(chosen, config.questions, len(pool.questions), rng)
+    chosen = rng.choice(size, by_odds, replace=False, p=odds)
+    chosen = with_uniform(chosen, config.questions, size, rng)
     batch = pool.sample(chosen, config.rollouts)
 
     # 3. Forget a little, then count what was seen. The chosen questions are no fair sample of their
     # level. One that came often came because it is learnable, so it counts little for its level.
     counts *= config.memory
     seen *= config.memory
-    weight = 1 / (1 + counts[chosen].sum(1, keepdims=True))  # (Q, 1)
-    observed = [np.ones(len(chosen)), batch.rewards.mean(1), batch.learnability()]
+    attempts = counts[chosen].sum(1, keepdims=True)  # (Q, 1)
+    weight = 1 / (1 + attempts)
+    success = batch.rewards.mean(1)  # (Q,)
+    observed = [np.ones(len(chosen)), success, batch.learnability()]
     observed = np.stack(observed, 1)  # (Q, 3)
     np.add.at(seen, level_of[chosen], weight * observed)  # += would count a level once only
     counts[chosen] += batch.counts()
@@ -459,21 +507,33 @@ def beta_prior(seen):
     Over the questions of a level, p_i has the mean `mean`, and p_i (1 - p_i) has the mean m. So the
     variance of p_i is v = mean (1 - mean) - m. The Beta with that mean and variance has strength
     mean (1 - mean) / v - 1 = m / v. A level of which little was seen leans on all levels."""
-    all_levels = (seen.sum(0) + GUESS) / (seen[:, 0].sum() + GUESS[0])  # (3,) 1 and two means
+    total = seen.sum(0) + GUESS  # (3,) weight, and weighted sums of two numbers
+    all_levels = total / total[0]  # (3,) 1 and two means
     sums = seen + ALL_LEVELS_WEIGHT * all_levels  # (levels, 3)
-    _, mean, learnable = (sums / (seen[:, :1] + ALL_LEVELS_WEIGHT)).T  # (levels,) each
+    weights = sums[:, :1]  # (levels, 1)
+    _, mean, learnable = (sums / weights).T  # (levels,) each
     variance = np.maximum(mean * (1 - mean) - learnable, LEAST_VARIANCE)  # v
     return mean, np.clip(learnable / variance, *STRENGTHS)
 
 
-CURRICULA = {"uniform": uniform, "sfl": sfl, "lilo": lilo, "dapo": dapo, "greso": greso}
-CURRICULA |= {"pools": pools, "mopps": mopps, "posterior": posterior}
+CURRICULA = {
+    "uniform": uniform,
+    "sfl": sfl,
+    "lilo": lilo,
+    "dapo": dapo,
+    "greso": greso,
+    "pools": pools,
+    "mopps": mopps,
+    "posterior": posterior,
+}
 
 
 def most(scores, k, rng):
     """Indices of the k largest scores, ties broken at random."""
-    shuffled = rng.permutation(len(scores))
-    return shuffled[np.argsort(-np.asarray(scores)[shuffled], kind="stable")[:k]]
+    scores = np.asarray(scores)
+    shuffled = rng.permutation(len(scores))  # indices; a stable sort keeps ties in this order
+    order = np.argsort(-scores[shuffled], kind="stable")
+    return shuffled[order[:k]]
 
 
 def with_uniform(chosen, count, size, rng):
@@ -486,10 +546,22 @@ def with_uniform(chosen, count, size, rng):
 # --------------------------------------------------------------------------- the loop
 
 
-def train(config, policy, critic, reference, optimizer, pool, evaluate, start, rng, state, signals):
-    """The iterations from `start` on, each logged, and saved now and then. critic, reference: None
-    where the algorithm needs none. Returns the last evaluation, {} if there was none. Raises
-    commands.Stop, once it has saved, if it must end early."""
+def train(
+    config,
+    policy,
+    critic,  # None where the algorithm needs none
+    reference,  # the frozen starting model; likewise
+    optimizer,  # of policy and critic
+    pool,
+    evaluate,  # () -> the held-out evaluation, a dict
+    start,  # the first iteration: 0, or where the checkpoint is
+    rng,  # of the curriculum and the minibatches
+    state,  # the curriculum's own; it goes into the checkpoint
+    signals,  # Ctrl-C, that waits
+):
+    """The iterations from `start` on, each logged, and saved now and then. Returns the last
+    evaluation, {} if there was none. Raises commands.Stop, once it has saved, if it must end early.
+    """
     out = Path(config.out)
     log = report.Log(out, config)
     bar = commands.progress_bar(out.name, config.iterations, "iteration", rank() == 0, start)
@@ -497,9 +569,6 @@ def train(config, policy, critic, reference, optimizer, pool, evaluate, start, r
     result = {}
     signals.wait = True  # Ctrl-C lets the iteration finish
     for iteration in range(start, config.iterations):
-        if out_of_patience(config, state):  # known since the last evaluation, maybe before a resume
-            break
-
         # --- 1. choose questions, sample responses to each, grade them
         pool.iteration = iteration
         pool.sampled = []  # all batches sampled to choose this one: their cost is logged
@@ -538,9 +607,18 @@ def train(config, policy, critic, reference, optimizer, pool, evaluate, start, r
             if config.kl_coef > 0:
                 ref_logprobs = ppo.rollout_logprobs(reference, rollouts, config, when_full=free)
             logged |= ppo.update(
-                policy, optimizer, rollouts, advantages, config, ref_logprobs=ref_logprobs,
-                critic=critic, values=values, returns=returns, rng=rng, when_full=free,
-            )  # fmt: skip
+                policy,
+                optimizer,
+                rollouts,
+                advantages,
+                config,
+                ref_logprobs=ref_logprobs,
+                critic=critic,
+                values=values,
+                returns=returns,
+                rng=rng,
+                when_full=free,
+            )
         if config.kl_sample > 0 and ref_logprobs is None:  # measured, not in the loss
             logged["kl"] = kl_to_start(config, reference, rollouts, free)
         logged["seconds_update"] = time.perf_counter() - clock
@@ -552,8 +630,6 @@ def train(config, policy, critic, reference, optimizer, pool, evaluate, start, r
         if last or done % config.eval_every == 0:
             result = evaluate()
             logged |= report.of_evaluation(result)
-            state.setdefault("accuracies", []).append(result["accuracy"])
-            last = last or out_of_patience(config, state)
         log(logged)
         stop = commands.reason_to_stop(signals, policy, critic)
         if last or stop or done % config.save_every == 0:
@@ -573,7 +649,8 @@ def learning_rate_share(config, iteration):
     warm = config.warmup * config.iterations  # iterations
     share = min(1.0, (iteration + 1) / max(1, warm))  # + 1: at 0 the first one would be wasted
     if config.lr_schedule == "linear":
-        share = min(share, (config.iterations - iteration) / max(1, config.iterations - warm))
+        left = config.iterations - iteration
+        share = min(share, left / max(1, config.iterations - warm))
     return share
 
 
@@ -582,13 +659,23 @@ def monte_carlo_credit(pool, config, batch):
     questions = [pool.questions[i] for i in batch.questions]
     spent = {}
     advantages = vineppo.mc_advantages(
-        pool.engine, pool.tokenizer, questions, batch.groups, batch.rewards, stats=spent,
-        score=partial(evaluation.rewards, **pool.grading), mc_rollouts=config.mc_rollouts,
-        max_steps=config.mc_max_steps, style=config.steps, spend=config.mc_spend,
-        seed=pool.seed(), **pool.generation,
-    )  # fmt: skip
-    logged = {name: spent[name] for name in ("mc_steps", "mc_filled", "mc_states", "mc_rollouts")}
-    logged["tokens_credit"] = spent["tokens_generated"]
+        pool.engine,
+        pool.tokenizer,
+        questions,
+        batch.groups,
+        batch.rewards,
+        score=partial(evaluation.rewards, **pool.grading),
+        mc_rollouts=config.mc_rollouts,
+        max_steps=config.mc_max_steps,
+        style=config.steps,
+        spend=config.mc_spend,
+        seed=pool.seed(),
+        stats=spent,
+        **pool.generation,
+    )
+    logged = {"tokens_credit": spent["tokens_generated"]}
+    for name in ("mc_steps", "mc_filled", "mc_states", "mc_rollouts"):
+        logged[name] = spent[name]
     return advantages, logged
 
 
@@ -601,12 +688,11 @@ def imitate(pool, config, policy, reference, optimizer, batch, rng, state):
         shown = [q for q in pool.questions if q.solution]
         texts = [q.solution for q in shown]
         examples = sft.demonstrations(pool.tokenizer, shown, texts, config.chat)
-    stops = data.stop_ids(policy, pool.tokenizer)
     for question, reward, response in kept:
         prompt = pool.prompts[question]  # token ids
         if config.algo == "rcrl":  # the prompt says what the response was worth
             prompt = data.with_tag(pool.tokenizer, prompt, reward)
-        examples.append(Rollout(prompt, response, [], response[-1] in stops))
+        examples.append(Rollout(prompt, response, [], finished=True))
     start = reference if config.expert_from == "initial" else None
     lr = optimizer.param_groups[0]["lr"]
     return sft.imitate(policy, start, examples, lr, config, rng)
@@ -622,14 +708,6 @@ def kl_to_start(config, reference, rollouts, free):
     return float(ppo.kl_k3(ref, sampled).mean())
 
 
-def out_of_patience(config, state):
-    """Is none of the last `patience` evaluations better than those before?"""
-    accuracies = state.get("accuracies", [])
-    if config.patience == 0 or len(accuracies) <= config.patience:
-        return False
-    return max(accuracies[-config.patience :]) <= max(accuracies[: -config.patience])
-
-
 # --------------------------------------------------------------------------- the set-up
 
 
@@ -642,16 +720,21 @@ def run(config, signals=None):
     settings = dict(vars(config))  # as given: later dtype changes and, if memory runs out, others
     first = rank() == 0
 
-    # --- device
+    # --- device: the tiny model (of "0" parameters) is faster on a CPU than on a Mac's GPU
     device = memory.pick_device(config.device, 0 if config.model == "tiny" else math.inf)
     if config.model == "tiny":
         torch.set_num_threads(min(2, torch.get_num_threads()))  # too small for more
 
     # --- questions: to train on, and held out
-    fields = {name: getattr(config, f"{name}_field") for name in ("question", "answer", "solution")}
+    fields = {
+        "question": config.question_field,
+        "answer": config.answer_field,
+        "solution": config.solution_field,
+    }
     how = {"data_dir": config.data_dir, "fields": fields, "bits": config.bits}
     questions = data.load_questions(config.dataset, "train", **how)
-    held_out = data.load_questions(config.dataset, "test", limit=config.eval_limit or None, **how)
+    limit = config.eval_limit or None
+    held_out = data.load_questions(config.dataset, "test", limit=limit, **how)
 
     # --- policy: what is trained. A resumed run fills in its own weights, further down.
     base = config.model
@@ -678,7 +761,8 @@ def run(config, signals=None):
     # --- prompts; checks for mistakes that raise nothing later, but train on nonsense
     prompts = data.encode_prompts(tokenizer, questions, chat=config.chat)  # token ids
     held_prompts = data.encode_prompts(tokenizer, held_out, chat=config.chat)
-    longest = min(config.context, longest_context(policy.config.get_text_config()) or math.inf)
+    made_for = longest_context(policy.config.get_text_config())  # None: any number of tokens
+    longest = min(config.context, made_for or math.inf)
     keep = memory.fitting(prompts, longest, config, "training")  # indices
     questions = [questions[i] for i in keep]
     prompts = [prompts[i] for i in keep]
@@ -698,7 +782,8 @@ def run(config, signals=None):
 
     # --- engine: samples with the policy's own weights. With --fsdp it needs a copy of them. It is
     # made here, before `shard` leaves each process only a part.
-    engine = Engine(policy, slots=config.slots or None, dtype=decode_dtype, own_copy=config.fsdp)
+    slots = config.slots or None  # None: by free memory
+    engine = Engine(policy, slots=slots, dtype=decode_dtype, own_copy=config.fsdp)
     if config.fsdp:
         in_bfloat16 = torch.bfloat16 if config.dtype == "bfloat16" else None
         processes.shard(policy, in_bfloat16)
@@ -710,7 +795,8 @@ def run(config, signals=None):
     if critic is not None:
         parameters.append({"params": critic.parameters(), "lr": config.critic_lr})
     # fused: on CUDA a step then takes no memory of its own. On a CPU it would round otherwise.
-    optimizer = torch.optim.AdamW(parameters, weight_decay=0.0, fused=device.startswith("cuda"))
+    fused = device.startswith("cuda")
+    optimizer = torch.optim.AdamW(parameters, weight_decay=0.0, fused=fused)
     if config.offload_optimizer:
         memory.offload(optimizer, device)
     else:  # the engine leaves room for Adam's moments
@@ -729,7 +815,8 @@ def run(config, signals=None):
 
     def evaluate(samples=1, tokenizer=tokenizer):
         """The held-out questions: one greedy response to each, or several as in training."""
-        asked = generation | grading | {"chat": config.chat, "seed": config.seed, "engine": engine}
+        asked = {"chat": config.chat, "seed": config.seed, "engine": engine}
+        asked |= generation | grading
         if samples == 1:
             asked |= {"temperature": 0.0, "top_p": 1.0}  # greedy
         result = evaluation.evaluate(policy, tokenizer, held_out, samples=samples, **asked)
@@ -746,10 +833,10 @@ def run(config, signals=None):
         checkpoint.write(out / "config.json", json.dumps(settings, indent=1) + "\n")
         if first:
             print(f"{config.model} on {device}, matrix products in {config.dtype}", file=sys.stderr)
-        if first and start == 0:  # on a large model the first evaluation takes long
-            count = f"9 responses to each of {len(held_out)} held-out questions"
-            print(f"before training: {count}", file=sys.stderr)
         if start == 0:
+            if first:  # on a large model the first evaluation takes long
+                count = f"9 responses to each of {len(held_out)} held-out questions"
+                print(f"before training: {count}", file=sys.stderr)
             greedy = evaluate(tokenizer=untagged)
             before = {"greedy": greedy, "sampled": evaluate(samples=8, tokenizer=untagged)}
             checkpoint.write(out / "evaluation.json", json.dumps({"before": before}))
@@ -762,7 +849,8 @@ def run(config, signals=None):
         )
         greedy = result if result else evaluate()  # {}: no iteration was left to do
         after = {"greedy": greedy, "sampled": evaluate(samples=8)}
-        checkpoint.write(out / "evaluation.json", json.dumps({"before": before, "after": after}))
+        both = {"before": before, "after": after}
+        checkpoint.write(out / "evaluation.json", json.dumps(both))
     return before, after
 
 
@@ -790,7 +878,8 @@ def parse(argv=None):
         config = commands.parse(Settings, usual.split() + preset + given)
         # Nobody named a model or preset, and the papers' is too large for the card: the preset that
         # fits. Your other flags still count.
-        named = {"--model", "--preset"} & {flag.partition("=")[0] for flag in given}
+        flags = {flag.partition("=")[0] for flag in given}
+        named = flags & {"--model", "--preset"}
         if not (named or usual) and memory.is_too_large(config):
             return parse(["--preset", memory.HOME, *given])
     checks.check_settings(config)
@@ -804,7 +893,8 @@ def parse(argv=None):
 def main(argv=None):
     with processes.several_processes(), commands.signals_wait() as signals:
         # The first process parses and sends the others its settings.
-        [config] = processes.from_first_process([parse(argv) if rank() == 0 else None])
+        config = parse(argv) if rank() == 0 else None
+        [config] = processes.from_first_process([config])
         if config.dry_run:
             if config.model == "tiny":
                 model = sft.tiny_model(sft.tiny_tokenizer(config.dataset), 0)

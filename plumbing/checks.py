@@ -10,7 +10,7 @@ from plumbing.processes import many_processes, rank
 AT_LEAST_ONE = """iterations questions rollouts refresh_every candidates buffer_size max_candidates
 max_new_tokens epochs minibatch mc_rollouts tokens_per_microbatch eval_every save_every"""
 AT_LEAST_ZERO = """seed top_p temperature lr critic_lr clip value_clip kl_coef kl_sample max_ratio
-max_grad_norm mc_max_steps patience slots eval_limit judges"""
+max_grad_norm mc_max_steps slots eval_limit judges"""
 SHARES = "rho memory top_p warmup gamma lam p_cot"  # from 0 to 1
 
 
