@@ -8,7 +8,7 @@ commits to an answer behind ####, as in GSM8K. This question is made here; sums 
 
 A DATA SET is made here (arithmetic, parity), or has a name (`DATASETS`: on the hub, or in local
 files), or is the path of a file or folder. A row needs a question and an answer. It may have a
-solution, which supervised fine-tuning learns from. Here, as in GSM8K, one field holds both:
+solution, which supervised fine-tuning learns from. Here, as in GSM8K, one field holds the two:
 
     {"question": "Tom has 3 apples and buys 4. How many now?", "answer": "3 + 4 = 7\\n#### 7"}
 """
@@ -30,7 +30,7 @@ CHAT_INSTRUCTION = "Reason step by step and end with the final answer in \\boxed
 class Question:
     prompt: str  # what a base model reads: the question in PLAIN_PROMPT, or as it is made here
     answer: str  # the gold final answer
-    solution: str | None = None  # a right response, to follow the prompt as it stands
+    solution: str | None = None  # a right response, to be joined to the prompt with nothing between
     kind: str = "number"  # how its answer is graded: 'number' or 'math' (LaTeX)
     level: int | str | None = None  # difficulty, where the data set knows it
     question: str = ""  # the bare text: what a chat template wraps
@@ -198,7 +198,7 @@ def load_questions(
         known = DATASETS.get(name)
         parts = ["train", "test"] if split == "all" else [split]
         if name == "arithmetic":
-            for part in parts:  # the part's name is the seed: all runs share one test set
+            for part in parts:  # the part's name is the seed: all runs share the same questions
                 questions += arithmetic(POOL_SIZES[part], part, levels_of(part), part)
         elif name == "parity":
             for part in parts:
@@ -231,7 +231,7 @@ def load_questions(
 def encode_prompts(tokenizer, questions, *, chat="auto"):
     """The token ids that the policy reads, one list a question. chat: 'on' wraps the bare question
     in the tokenizer's chat template, 'off' takes the plain prompt, 'auto' wraps if there is a
-    template (base models may have one: off)."""
+    template (base models may have one: off). The template that `add_tags` made always wraps."""
     if chat not in ("auto", "on", "off"):
         raise ValueError(f"unknown chat {chat!r}: give auto, on or off")
     template = tokenizer.chat_template or ""

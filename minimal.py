@@ -45,16 +45,16 @@ def logprobs(policy, prompt, response):
 
 
 def policy_loss(policy, batch, old_logprobs, clip=0.2):
-    """PPO's clipped loss (1707.06347, eq. 7), averaged over response tokens."""
+    """PPO's clipped loss (1707.06347, eq. 7), averaged over response tokens. batch: of `sample`."""
     losses = []
     for (prompt, responses, rewards), old_of_group in zip(batch, old_logprobs):
         # GRPO: how much better than the group? Where all agree the std is 0, hence the 1e-6.
         advantages = (rewards - rewards.mean()) / (rewards.std() + 1e-6)  # (n,)
         for response, advantage, old in zip(responses, advantages, old_of_group):
             new = logprobs(policy, prompt, response)
-            ratio = (new - old).exp()  # r_t: 1 at first, but its gradient is not 0
+            ratio = (new - old).exp()  # r_t: 1 in the first epoch, but its gradient is not 0
             clipped = ratio.clamp(1 - clip, 1 + clip)
-            # The minimum has no gradient once r_t has moved by `clip` the way its advantage pays.
+            # No gradient once r_t has moved by `clip`: up where the advantage is > 0, else down.
             losses.append(-torch.min(ratio * advantage, clipped * advantage))
     return torch.cat(losses).mean()
 
@@ -84,6 +84,6 @@ def train(policy, tokenizer, questions, iterations, size=8, n=8, epochs=1, lr=2e
 
 if __name__ == "__main__":
     policy, tokenizer = load_model(tiny_base("runs/cache"))
-    # Chains of two, three and four steps, as many of each. The tiny model solves about a quarter.
+    # Chains of two, three and four steps, as many of each. The tiny model solves about a fifth.
     questions = arithmetic(600, seed=0, levels={2: 1, 3: 1, 4: 1})
     train(policy, tokenizer, questions, iterations=20)

@@ -8,8 +8,8 @@ Reinforcement learning spends most of its time here, and it knows what a server 
 request is there from the start, each prompt is sampled many times, and lengths differ tenfold.
 Three ideas follow.
 
-1. SLOTS. The cache is a table with a line for each of `slots` responses. A slot whose response has
-   ended is handed to the next request at once, so no step computes padding. Every slot is at its
+1. SLOTS. The cache is a table with a row for each of `slots` responses. A slot whose response has
+   ended is handed to the next request at once, so little of a step is wasted. Every slot is at its
    own length, which is all that makes this unlike the textbook's cache: slot i's new key is written
    at column length[i], and slot i attends to the columns <= length[i] (plumbing/attention.py).
 
@@ -20,12 +20,13 @@ Three ideas follow.
 2. A PROMPT IS COMPUTED ONCE. One forward (the prefill) computes the keys (and the values) of
    prompt[:-1]. They are copied to the n slots that need them, and a slot's first decode step reads
    the last prompt token. A prompt that is a prefix of another (VinePPO's states along one response)
-   needs no forward: attention is causal, so its keys are the first columns of the longer one's.
+   needs no forward: attention is causal, so its keys are the first columns of the longer one's. A
+   prompt that has a forward, and all that are served by it, is called a trunk.
 
 3. RANDOM NUMBERS BELONG TO THE REQUEST, not to the slot: request r draws its uniforms from
    Philox(seed, r). What is sampled depends neither on the number of slots nor on what else is in
-   the batch (but for float rounding); and the decode step draws nothing, so a CUDA graph can
-   replay it.
+   the batch (but for float rounding); and they are there before the decode step, so a CUDA graph
+   can replay it.
 
 No model is rewritten. One that the slots do not fit is refused, by name, when its Engine is made.
 """
@@ -128,7 +129,7 @@ class Engine:
         self.model = model  # being trained by others; here it is only read
         self.slots = slots  # responses decoded at once; None: as many as memory allows
         self.table = None  # `Slots`; made when a call needs it, or needs a larger one
-        self.promised = lambda: 0  # bytes that are free and that others will need
+        self.promised = lambda: 0  # free bytes that others will need (sfl.py: Adam's moments)
         self.decoder = model  # what decodes: the model itself, or a copy of it
         dtype = dtype or model.dtype  # in bfloat16 a decode step reads half the bytes
         # own_copy: copy it even if the dtype is the same, for a model that FSDP will take apart.
@@ -246,7 +247,7 @@ class Engine:
                 step = table.graphs.replay_of(key, step, table.state, stop_ids)
             for _ in range(table.look_every):
                 step()
-            table.filled[busy] += table.look_every  # or less: some may have ended in between
+            table.filled[busy] += table.look_every  # at most: some may have ended in between
             stats["steps"] += table.look_every
             stats["slot_steps"] += width * table.look_every
 
@@ -287,7 +288,7 @@ class Engine:
         prompts = []
         ready = deque()
         most = PREFILL_TOKENS[self.table.device.type]
-        while work and len(ready) < self.table.slots:  # no more than could be decoded at once
+        while work and len(ready) < self.table.slots:  # until every slot could be filled
             # The first trunk is the longest: all are padded to it.
             if prompts and (len(prompts) + 1) * len(prompts[0]) > most:
                 break
@@ -319,7 +320,7 @@ def harvest(released, stop_text):
 def draw_tokens(logits, uniform, sampling):
     """logits (slots, vocab), uniform (slots, 1) in [0, 1) -> tokens and their log-probs before
     truncation, (slots, 1) each."""
-    probs = logits  # no second name: each would keep (slots, vocab) numbers
+    probs = logits  # this name alone, again and again: each would keep (slots, vocab) numbers
     if sampling.temperature not in (0, 1):  # greedy: as they are
         probs = probs.float() / sampling.temperature
     probs = probs.softmax(-1, dtype=torch.float32)  # (slots, vocab)

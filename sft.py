@@ -109,7 +109,7 @@ def train(model, batches, *, lr, config=None, warmup=0.03, progress=False):
     losses = []
     with progress_bar("SFT", steps, "step", progress) as bar:
         for step, batch in enumerate(batches):
-            # The learning rate rises linearly to lr, then falls linearly: to 0 one step behind the
+            # The learning rate rises linearly to lr, then falls linearly: to 0 one step after the
             # last. On either side of the peak the smaller factor holds.
             rise = (step + 1) / rising
             fall = (steps - step) / max(1, steps - rising)
@@ -152,7 +152,8 @@ def demonstrations(tokenizer, questions, texts, chat="auto"):
 
 def epochs_of(examples, epochs, batch, rng):
     """Batches for `epochs` passes over the examples (2.5, say). In each pass every example comes
-    once, in a new order. A batch may reach from one pass into the next; the last may be cut."""
+    once, in a new order. All batches are full: one may reach from a pass into the next, and the
+    last pass is cut."""
     steps = max(1, round(epochs * len(examples) / batch))
     order = []  # indices, one pass after the other
     while len(order) < steps * batch:

@@ -22,8 +22,8 @@ gamma is 1, only the last step has a reward r_i, and the value after it is 0.
 
 Two things to get right. A state is a prefix of the very token ids that were sampled: a text that is
 cut and tokenized again often has other ids, which the policy never wrote. And the price is high:
-K = 9 rollouts from each state. So all states go to the engine in one call, which computes a shared
-prefix once, and equal states are estimated once.
+K = 9 rollouts from each state. So all states go to the engine in one call, which reads the states
+along one response in one forward, and equal states are estimated once.
 """
 
 import itertools
@@ -39,7 +39,8 @@ from plumbing.commands import require
 from plumbing.steps import hide_formulas, sentence_starts
 from rollout import seed_of
 
-# At most so many steps of a response get an estimate, by style (the authors' numbers).
+# What gets an estimate: the question, and the states behind so many steps of a response, at most
+# (the authors' numbers, by style).
 MAX_STEPS = {"lines": 25, "math": 20}
 SALT = 2410_01679  # any number: it keeps our seeds apart from that of the responses
 
@@ -80,22 +81,23 @@ def mc_values(
     score,  # grades the fresh rollouts, as `eval.rewards` does
     max_new_tokens,  # the limit under which the responses were sampled
     mc_rollouts=9,  # K, fresh rollouts from each state
-    max_steps=None,  # steps of a response that get an estimate; None or 0: MAX_STEPS
+    max_steps=None,  # steps of a response behind which V is estimated; None or 0: MAX_STEPS
     style="auto",  # "lines" or "math", see `split_steps`; "auto": by each question's kind
     spend="all",  # estimate all states, as the paper does; or "bisect", see `middles`
-    seed=None,  # may be that of the responses: SALT is mixed in
+    seed=None,  # at least 0; may be that of the responses: SALT is mixed in
     stats=None,  # a dict for counts: the engine's, and mc_steps and so on
     **generation,  # temperature and so on, for the engine
 ):
     """V at the start of each reasoning step of each response: the mean reward of K fresh rollouts.
 
     Two things differ from the authors' code. A state at token t leaves its rollouts max_new_tokens
-    - t tokens, not all of them anew: V is the value in the policy's own process, in which running
-    out of tokens is worth 0. And a state ends behind the newline, not before it.
+    - t tokens instead of max_new_tokens: V is the value in the policy's own process, in which
+    running out of tokens is worth 0. And a state ends behind the newline, not before it.
 
     Returns starts, values: for each rollout, question by question, a list of token indices and a
     list of floats, one a step. ValueError: arguments that do not fit together."""
     require(mc_rollouts >= 1, f"mc_rollouts {mc_rollouts}: needs at least 1")
+    require(spend in ("all", "bisect"), f"spend {spend!r}: choose 'all' or 'bisect'")
 
     # --- 1. all states of all responses, each once
     states = {}  # key, the same for equal states -> (question, rollout, start)

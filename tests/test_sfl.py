@@ -764,7 +764,10 @@ def test_help_says_what_each_setting_is_for(capsys):
     with pytest.raises(SystemExit):
         sfl.parse(["--help"])
     text = " ".join(capsys.readouterr().out.split())
-    assert "questions trained on in an iteration (N_l)" in text and "{ppo,vineppo,grpo,rloo,expert,rcrl}" in text
+    assert (
+        "questions trained on in an iteration (N_l)" in text
+        and "{ppo,vineppo,grpo,rloo,expert,rcrl}" in text
+    )
 
 
 @pytest.mark.parametrize("name", sorted(sfl.PRESETS.keys() - {"home-gsm8k", "laptop"}))
