@@ -140,14 +140,11 @@ def attention(
             query, key, value, attn_mask=bias, is_causal=causal, scale=scale
         )
     else:  # written out: Gemma 2's soft cap, and on a CPU no slower than the fused kernel
-        dtype = query.dtype
-        if not query.is_cuda:  # in bfloat16 a CPU's product would copy the keys, too, and be slower
-            query, key, value = (x.float() for x in (query, key, value))
         scores = (query * scale) @ key.transpose(2, 3)
         if softcap is not None:
             scores = softcap * torch.tanh(scores / softcap)
         weights = (scores + bias).softmax(-1, dtype=torch.float32)
-        out = (weights.to(value.dtype) @ value).to(dtype)
+        out = weights.to(value.dtype) @ value
     out = out.reshape(batch, heads, time, -1)
     return out.transpose(1, 2), None
 
