@@ -50,9 +50,9 @@ from plumbing.processes import gather, share
 from plumbing.slots import Slots
 from plumbing.stops import StopText, stops_of
 
-# Prompt tokens in one prefill, padding included. On a card this bounds the memory; on a CPU it
-# keeps what a layer computes in the cache of the processor, and prompts of like length together.
-PREFILL_TOKENS = {"cuda": 4096, "mps": 4096, "cpu": 512}
+PREFILL_TOKENS = 4096  # prompt tokens in one prefill, padding included: it bounds the memory
+# On a CPU: then what a layer computes stays in its cache, and prompts of like length go together.
+PREFILL_TOKENS_CPU = 512
 SEEDS = 1 << 62  # `generate` takes a seed modulo this
 
 # --------------------------------------------------------------------------- what is asked and got
@@ -287,7 +287,8 @@ class Engine:
         prefill, Request) of each request that they serve."""
         prompts = []
         ready = deque()
-        most = PREFILL_TOKENS[self.table.device.type]
+        on_cpu = self.table.device.type == "cpu"
+        most = PREFILL_TOKENS_CPU if on_cpu else PREFILL_TOKENS
         while work and len(ready) < self.table.slots:  # until every slot could be filled
             # The first trunk is the longest: all are padded to it.
             if prompts and (len(prompts) + 1) * len(prompts[0]) > most:
