@@ -474,8 +474,9 @@ def spread(values, digits=0, unit=1):
     there = [value / unit for value in values if value is not None]
     if not there:
         return "never"
-    sd = np.std(there, ddof=1) if len(there) > 1 else float("nan")
-    text = f"{np.mean(there):.{digits}f} ± {sd:.{digits}f}"
+    text = f"{np.mean(there):.{digits}f}"
+    if len(there) > 1:
+        text += f" ± {np.std(there, ddof=1):.{digits}f}"
     return text if len(there) == len(values) else f"{text} ({len(there)}/{len(values)})"
 
 
