@@ -45,12 +45,8 @@ class Slots:
         # on the host
         self.owner = np.full(slots, None)  # the request in each slot
         self.filled = np.zeros(slots, dtype=int)  # `length`, or more
-        sizes = step_sizes(device, slots, columns)
+        sizes = step_sizes(device, model.dtype, slots, columns)
         self.widths, self.depths, self.look_every = sizes
-        if device.type == "cpu" and model.dtype == torch.bfloat16:
-            # Its product of bfloat16 matrices copies a table of which some columns are left out: to
-            # read them, too, is faster while they are less than half.
-            self.depths = [*range(columns // 2 + 1), columns]
         self.graphs = Graphs() if device.type == "cuda" else None
 
     def fits(self, model, slots, columns):

@@ -325,13 +325,11 @@ def words(args):
 
     print("\n| | one sample | greedy | pass@8 | learnable | reward, last 10 |", end="")
     print(" entropy, last 10 | 1,000 tokens |\n|---|---|---|---|---|---|---|---|")
-    start = evaluations(next(iter(folders.values()))[0])["before"]
-    measured = [start["sampled"], start["greedy"]]
-    cells = [f"{one['accuracy']:.3f} ± {one['accuracy_se']:.3f}" for one in measured]
-    error = start["sampled"]["pass@8_se"]
-    print(
-        f"| the start | {' | '.join(cells)} | {start['sampled']['pass@8']:.3f} ± {error:.3f} ||||"
-    )
+    before = evaluations(next(iter(folders.values()))[0])["before"]
+    measured = [(before["sampled"], "accuracy"), (before["greedy"], "accuracy")]
+    measured.append((before["sampled"], "pass@8"))
+    cells = [f"{result[name]:.3f} ± {result[name + '_se']:.3f}" for result, name in measured]
+    print(f"| the start | {' | '.join(cells)} ||||")
     success = {}  # of one sample, (seeds, questions)
     for arm, runs in folders.items():
         after = [evaluations(folder)["after"] for folder in runs]
@@ -1493,7 +1491,7 @@ def add_flags(command, add):
         add(
             "--arms",
             nargs="+",
-            default=["grpo-uniform", "grpo-posterior"],
+            default=["grpo-uniform", "grpo-posterior", "grpo-sfl"],
             metavar="ALGO-CURRICULUM",
             help='flags may follow, as in "grpo-uniform --lr 2e-5"',
         )

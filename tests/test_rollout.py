@@ -386,7 +386,7 @@ def test_counters(llama):
 def coarse(monkeypatch):
     """The steps of a GPU, on this CPU: a few sizes, and a look at who is done every 8 steps."""
 
-    def sizes(device, slots, columns):
+    def sizes(device, dtype, slots, columns):
         return [slots // 8, slots // 4, slots // 2, slots], [32, columns], 8
 
     monkeypatch.setattr(slots, "step_sizes", sizes)
